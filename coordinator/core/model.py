@@ -1,0 +1,1058 @@
+"""The core's nouns: what the coordinator knows (state), what it hears (events), what it keeps
+(records), what it answers (replies) and what it tells agents (pushes).
+
+Everything here is a frozen value except `State`, which only `evolve` changes.  Nothing here knows
+about gRPC, SQLite, certificates or the clock: times are integers in milliseconds handed in by the
+shell, ids and random numbers arrive inside events, and every collection has an order.
+"""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass, field
+from typing import NewType
+
+AgentId = NewType("AgentId", str)
+JobId = NewType("JobId", str)
+TokenId = NewType("TokenId", str)
+SessionId = NewType("SessionId", str)
+
+
+# ------------------------------------------------------------------------------------- settings
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Timing:
+    """One budget: everything follows from `lease_ms`.  See `Timing.from_lease`."""
+
+    lease_ms: int
+    heartbeat_ms: int
+    grace_ms: int
+    """How long a closed session may stay closed before that alone is evidence of loss."""
+    rebuild_timeout_ms: int
+    """How long a member may take to confirm a plan once its old generation has ended."""
+    quarantine_base_ms: int
+    """First cool-down of a flapping agent; doubles each time."""
+    quarantine_max_ms: int
+    forgive_ms: int
+    """An agent without a strike for this long has one strike forgiven."""
+
+    @staticmethod
+    def from_lease(lease_ms: int) -> Timing:
+        """Derive the budget.  `lease_ms` is 1,000 to 600,000."""
+        return Timing(
+            lease_ms=lease_ms,
+            heartbeat_ms=max(100, lease_ms // 4),
+            grace_ms=lease_ms // 2,
+            rebuild_timeout_ms=max(5_000, 2 * lease_ms),
+            quarantine_base_ms=4 * lease_ms,
+            quarantine_max_ms=3_600_000,
+            forgive_ms=600_000,
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Requirements:
+    """What a job asks of an agent; empty means anyone."""
+
+    backend: str | None = None
+    min_gpu_memory_bytes: int = 0
+    min_compute_capability: tuple[int, int] = (0, 0)
+    min_torch: tuple[int, int] = (0, 0)
+    min_disk_free_bytes: int = 0
+    labels: tuple[tuple[str, str], ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JobSpec:
+    """The part of a job file that the coordinator decides by; the rest is `spec_json`, opaque."""
+
+    name: str
+    spec_json: str
+    dataset_json: str
+    launch: str  # "muster": agents start the workers; "torchrun": people run torchrun themselves
+    min_nodes: int
+    max_nodes: int
+    priority: int
+    requires: Requirements
+    max_failures: int
+    last_call_ms: int
+    """How long a generation (or a gathering at min_nodes) waits for more agents to come along."""
+    min_generation_ms: int
+    """A joiner does not cut a generation younger than this."""
+    step_timeout_ms: int
+    """No step may take longer; a planned cut waits this long for its step boundary."""
+    keep_checkpoints: int
+
+
+# ----------------------------------------------------------------------------------- facts
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GpuFacts:
+    index: int
+    name: str
+    memory_bytes: int
+    capability: tuple[int, int]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AgentFacts:
+    """An agent's Hello, bounded and checked by the codec."""
+
+    gpus: tuple[GpuFacts, ...] = ()
+    driver_version: str = ""
+    torch_version: str = ""
+    backends: tuple[str, ...] = ("gloo",)
+    cpu_count: int = 1
+    memory_bytes: int = 0
+    disk_free_bytes: int = 0
+    hostname: str = ""
+    advertise_host: str = ""
+    muster_version: str = ""
+    labels: tuple[tuple[str, str], ...] = ()
+    worker_count: int = 1
+
+
+class Presence(enum.Enum):
+    """Is it alive?"""
+
+    ABSENT = "absent"  # never came, or said goodbye
+    READY = "ready"
+    SUSPECT = "suspect"  # one sign of death, not yet two
+    LOST = "lost"
+
+
+class Standing(enum.Enum):
+    """May it train?"""
+
+    ELIGIBLE = "eligible"
+    QUARANTINED = "quarantined"
+    BANNED = "banned"
+
+
+class JobPhase(enum.Enum):
+    QUEUED = "QUEUED"  # no agent assigned
+    GATHERING = "GATHERING"  # agents assigned, no generation yet
+    RUNNING = "RUNNING"  # a generation is live
+    RECOVERING = "RECOVERING"  # a generation was lost; forming the next, or waiting for agents
+    PAUSED = "PAUSED"
+    STOPPING = "STOPPING"  # cutting after a step and saving the last checkpoint
+    COMPLETED = "COMPLETED"
+    FAILED = "FAILED"
+    CANCELLED = "CANCELLED"
+
+
+ENDED = frozenset({JobPhase.COMPLETED, JobPhase.FAILED, JobPhase.CANCELLED})
+
+
+class Cut(enum.Enum):
+    AFTER_STEP = "after_step"
+    ABORT = "abort"
+
+
+class FailureKind(enum.Enum):
+    COLLECTIVE = "collective"
+    KILLED = "killed"
+    PROGRAM = "program"
+    WEDGED = "wedged"
+    DIVERGED = "diverged"
+    RESTORE = "restore"
+    PREPARE = "prepare"
+
+
+class Evidence(enum.Enum):
+    """A sign that an agent, or its worker, is gone."""
+
+    WORKER_EXIT = "worker_exit"
+    GOODBYE = "goodbye"
+    SESSION_CLOSED = "session_closed"
+    PEER_COLLECTIVE = "peer_collective"
+    LEASE_EXPIRED = "lease_expired"
+    NEW_INCARNATION = "new_incarnation"
+    NOT_FORMED = "not_formed"  # missed the rebuild deadline
+    BANNED = "banned"
+    UNREADY = "unready"  # it no longer serves the job (quarantined, diverged, unassigned)
+
+
+class Why(enum.Enum):
+    """Reasons for waiting, refusing and changing phase: shown by the CLI, compared by tests."""
+
+    # waiting (NotYet)
+    NO_AGENT = "no_agent"
+    BELOW_MIN = "below_min"
+    PREPARING = "preparing"
+    LAST_CALL = "last_call"
+    MIN_GENERATION = "min_generation"
+    FORMING = "forming"
+    NOTHING_TO_DO = "nothing_to_do"
+    # phase changes
+    SUBMITTED = "submitted"
+    AGENTS_ASSIGNED = "agents_assigned"
+    FORMED = "formed"
+    MEMBER_LOST = "member_lost"
+    MEMBER_JOINED = "member_joined"
+    MEMBER_DRAINED = "member_drained"
+    RETRY = "retry"
+    RESTARTED_WORKER = "restarted_worker"
+    PAUSED_BY_OPERATOR = "paused_by_operator"
+    RESUMED_BY_OPERATOR = "resumed_by_operator"
+    SCALED_BY_OPERATOR = "scaled_by_operator"
+    STOPPED_BY_OPERATOR = "stopped_by_operator"
+    CANCELLED_BY_OPERATOR = "cancelled_by_operator"
+    FINISHED = "finished"
+    MAX_FAILURES = "max_failures"
+    # agents
+    FLAPPING = "flapping"
+    BY_OPERATOR = "by_operator"
+    DIVERGED = "diverged"
+    COOLED_DOWN = "cooled_down"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NotYet:
+    """Why a job does not form (or re-form) now: `NotYet(why=BELOW_MIN, have=1, need=2)`."""
+
+    why: Why
+    have: int = 0
+    need: int = 0
+    until_ms: int | None = None
+
+
+# ----------------------------------------------------------------------------------- state
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Token:
+    token_id: TokenId
+    secret_sha256: str
+    note: str
+    created_ms: int
+    expires_ms: int
+    uses_left: int
+    revoked: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Readiness:
+    """The newest Ready of an agent: it is warm for this job and names a store no generation has used."""
+
+    job_id: JobId
+    store_host: str
+    store_port: int
+    holds_state: bool
+    step: int
+    state_digest: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Agent:
+    agent_id: AgentId
+    name: str
+    certificate_serial: str
+    admitted_ms: int
+    facts: AgentFacts = AgentFacts()
+    presence: Presence = Presence.ABSENT
+    presence_since_ms: int = 0
+    standing: Standing = Standing.ELIGIBLE
+    standing_why: Why | None = None
+    standing_detail: str = ""
+    quarantined_until_ms: int | None = None  # None with QUARANTINED: until released
+    draining: bool = False
+    drain_reason: str = ""
+    incarnation: str = ""
+    job_id: JobId | None = None
+    torchrun_job: str = ""
+    strikes: int = 0
+    last_strike_ms: int = 0
+    # volatile: not journalled, rebuilt after a restart
+    session_id: SessionId | None = None
+    session_closed_ms: int | None = None
+    lease_until_ms: int = 0
+    readiness: Readiness | None = None
+    step: int = 0
+    activity: str = ""
+    tokens_per_s: float = 0.0
+    disk_free_bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Member:
+    agent_id: AgentId
+    group_rank: int
+    first_rank: int
+    worker_count: int
+    host: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Generation:
+    number: int
+    members: tuple[Member, ...]  # in group_rank order
+    store_host: str
+    store_port: int
+    cut: Cut
+    why: Why
+    planned_ms: int
+    deadline_ms: int  # members that have not confirmed by then are NOT_FORMED
+    committed_step: int
+    committed_digest: str
+    from_checkpoint_step: int | None  # None: from memory (or fresh, if committed_step is 0)
+    fresh: bool
+    checkpoint_before_cut: bool = False
+    formed: tuple[AgentId, ...] = ()  # who has confirmed
+    formed_ms: int | None = None  # when all had
+    finished: tuple[AgentId, ...] = ()
+    # (peer evidence) members that reported a failed collective in this generation
+    collective_failed: tuple[AgentId, ...] = ()
+    collective_failed_ms: int | None = None
+
+    @property
+    def world_size(self) -> int:
+        return sum(m.worker_count for m in self.members)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shard:
+    index: int
+    digest: str
+    bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PendingCheckpoint:
+    step: int
+    generation: int
+    count: int
+    state_digest: str
+    header_json: str
+    shards: tuple[Shard, ...]  # by index
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Checkpoint:
+    step: int
+    generation: int
+    manifest_json: str  # canonical JSON: docs/checkpoints.md
+    manifest_digest: str
+    state_digest: str
+    bytes: int
+    committed_ms: int
+    damaged: str = ""  # why it cannot be restored, if found so
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    job_id: JobId
+    spec: JobSpec
+    submitted_ms: int
+    order: int  # of submission
+    phase: JobPhase = JobPhase.QUEUED
+    phase_why: Why = Why.SUBMITTED
+    phase_detail: str = ""
+    phase_since_ms: int = 0
+    assigned: tuple[AgentId, ...] = ()  # in order of assignment; seniority among non-members
+    generation: Generation | None = None  # the newest; live unless superseded
+    generation_count: int = 0  # numbers are never reused, so this is the last number given out
+    committed_step: int = 0
+    committed_digest: str = ""  # of committed_step if it is known, else empty
+    total_tokens: float = 0.0
+    failures: int = 0
+    last_failure: str = ""
+    checkpoints: tuple[Checkpoint, ...] = ()  # by step
+    pending: tuple[PendingCheckpoint, ...] = ()  # by step; at most 2
+    gathered_ms: int | None = None  # when min_nodes were first ready (last call starts)
+    standby_ms: int | None = None  # when the first ready standby appeared while RUNNING
+
+
+@dataclass(slots=True, kw_only=True)
+class State:
+    timing: Timing
+    tokens: dict[TokenId, Token] = field(default_factory=dict)
+    agents: dict[AgentId, Agent] = field(default_factory=dict)
+    jobs: dict[JobId, Job] = field(default_factory=dict)
+
+
+# ----------------------------------------------------------------------------------- events in
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tick:
+    """A deadline passed, or the shell just wants `settle` to run."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EnrollAsked:
+    token_id: TokenId
+    secret_sha256: str
+    agent_id: AgentId
+    name: str
+    certificate_serial: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class IdentityRenewed:
+    agent_id: AgentId
+    certificate_serial: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SessionOpened:
+    agent_id: AgentId
+    session_id: SessionId
+    incarnation: str
+    facts: AgentFacts
+    held_job: JobId | None
+    held_generation: int
+    torchrun_job: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SessionClosed:
+    agent_id: AgentId
+    session_id: SessionId
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HeartbeatReceived:
+    agent_id: AgentId
+    session_id: SessionId
+    step: int
+    activity: str
+    tokens_per_s: float
+    disk_free_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReadyReceived:
+    agent_id: AgentId
+    readiness: Readiness
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FormedReceived:
+    agent_id: AgentId
+    job_id: JobId
+    generation: int
+    step: int
+    state_digest: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProgressReceived:
+    """The steps' own data (loss, ...) stays in the shell; the core needs the range and its fence.
+
+    `first_step .. last_step` are contiguous.  The reply is `ProgressAccepted(first_step, last_step)`
+    with the part that is new, which the shell stores in the same transaction."""
+
+    agent_id: AgentId
+    job_id: JobId
+    generation: int
+    first_step: int
+    last_step: int
+    tokens: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerFailedReceived:
+    agent_id: AgentId
+    job_id: JobId
+    generation: int
+    kind: FailureKind
+    detail: str
+    step: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FinishedReceived:
+    agent_id: AgentId
+    job_id: JobId
+    generation: int
+    step: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReleasedReceived:
+    agent_id: AgentId
+    job_id: JobId
+    generation: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GoodbyeReceived:
+    agent_id: AgentId
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ShardReported:
+    """The shell has verified that a blob with this digest and size is stored."""
+
+    agent_id: AgentId
+    job_id: JobId
+    generation: int
+    step: int
+    index: int
+    count: int
+    digest: str
+    bytes: int
+    state_digest: str
+    header_json: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JobSubmitted:
+    job_id: JobId
+    spec: JobSpec
+
+
+class JobAction(enum.Enum):
+    PAUSE = "pause"
+    RESUME = "resume"
+    STOP = "stop"
+    CANCEL = "cancel"
+    CHECKPOINT = "checkpoint"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JobCommanded:
+    job_id: JobId
+    action: JobAction
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JobScaled:
+    job_id: JobId
+    min_nodes: int
+    max_nodes: int
+
+
+class AgentAction(enum.Enum):
+    DRAIN = "drain"
+    QUARANTINE = "quarantine"
+    RELEASE = "release"
+    BAN = "ban"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AgentCommanded:
+    agent_id: AgentId
+    action: AgentAction
+    reason: str
+    until_ms: int | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenAsked:
+    token_id: TokenId
+    secret_sha256: str
+    note: str
+    expires_ms: int
+    uses: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenRevokeAsked:
+    token_id: TokenId
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CoordinatorStarted:
+    """First event after a restart.  Every agent that was alive gets one fresh lease, spread over
+    `spread_ms` in the order of the agents, so that they do not all expire at one moment."""
+
+    spread_ms: int
+
+
+Event = (
+    Tick
+    | EnrollAsked
+    | IdentityRenewed
+    | SessionOpened
+    | SessionClosed
+    | HeartbeatReceived
+    | ReadyReceived
+    | FormedReceived
+    | ProgressReceived
+    | WorkerFailedReceived
+    | FinishedReceived
+    | ReleasedReceived
+    | GoodbyeReceived
+    | ShardReported
+    | JobSubmitted
+    | JobCommanded
+    | JobScaled
+    | AgentCommanded
+    | TokenAsked
+    | TokenRevokeAsked
+    | CoordinatorStarted
+)
+
+
+# ----------------------------------------------------------------------------------- records kept
+# A record is a fact with the time at which it was decided.  `evolve(state, record)` is total: replaying
+# the durable records of a journal gives the durable part of the state.
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenCreated:
+    at_ms: int
+    token: Token
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenRevoked:
+    at_ms: int
+    token_id: TokenId
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AgentAdmitted:
+    at_ms: int
+    agent_id: AgentId
+    token_id: TokenId
+    name: str
+    certificate_serial: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CertificateRenewed:
+    at_ms: int
+    agent_id: AgentId
+    certificate_serial: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AgentArrived:
+    """A session opened with these facts (durable: after a restart we know what the agent was)."""
+
+    at_ms: int
+    agent_id: AgentId
+    session_id: SessionId
+    incarnation: str
+    facts: AgentFacts
+    torchrun_job: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AgentSuspected:
+    at_ms: int
+    agent_id: AgentId
+    evidence: Evidence
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AgentLost:
+    at_ms: int
+    agent_id: AgentId
+    evidence: tuple[Evidence, ...]
+    striked: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AgentLeft:
+    at_ms: int
+    agent_id: AgentId
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AgentDraining:
+    at_ms: int
+    agent_id: AgentId
+    draining: bool
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StandingChanged:
+    at_ms: int
+    agent_id: AgentId
+    standing: Standing
+    why: Why
+    detail: str
+    until_ms: int | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StrikeCounted:
+    at_ms: int
+    agent_id: AgentId
+    strikes: int
+    detail: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AgentAssigned:
+    at_ms: int
+    agent_id: AgentId
+    job_id: JobId
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AgentUnassigned:
+    at_ms: int
+    agent_id: AgentId
+    job_id: JobId
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JobAdmitted:
+    at_ms: int
+    job_id: JobId
+    spec: JobSpec
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JobPhaseChanged:
+    at_ms: int
+    job_id: JobId
+    phase: JobPhase
+    why: Why
+    detail: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JobRescaled:
+    at_ms: int
+    job_id: JobId
+    min_nodes: int
+    max_nodes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GenerationPlanned:
+    """Supersedes the job's previous generation.  `generation.members` may be empty: everyone is
+    released at the cut (pause, stop)."""
+
+    at_ms: int
+    job_id: JobId
+    generation: Generation
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MemberFormed:
+    at_ms: int
+    job_id: JobId
+    generation: int
+    agent_id: AgentId
+    step: int
+    state_digest: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MemberFinished:
+    at_ms: int
+    job_id: JobId
+    generation: int
+    agent_id: AgentId
+    step: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MemberReleased:
+    at_ms: int
+    job_id: JobId
+    generation: int
+    agent_id: AgentId
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CollectiveFailed:
+    at_ms: int
+    job_id: JobId
+    generation: int
+    agent_id: AgentId
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FailureCounted:
+    at_ms: int
+    job_id: JobId
+    agent_id: AgentId
+    kind: FailureKind
+    detail: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepsCommitted:
+    at_ms: int
+    job_id: JobId
+    generation: int
+    first_step: int
+    last_step: int
+    tokens: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepsRolledBack:
+    """All state was lost; training goes on from a checkpoint and later steps will be computed again.
+    The shell deletes steps after `to_step` from the step log in the same transaction."""
+
+    at_ms: int
+    job_id: JobId
+    to_step: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ShardRecorded:
+    at_ms: int
+    job_id: JobId
+    generation: int
+    step: int
+    count: int
+    shard: Shard
+    state_digest: str
+    header_json: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ManifestCommitted:
+    at_ms: int
+    job_id: JobId
+    checkpoint: Checkpoint
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PendingDropped:
+    """An unfinished checkpoint was given up (superseded or fenced off)."""
+
+    at_ms: int
+    job_id: JobId
+    step: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CheckpointDamaged:
+    at_ms: int
+    job_id: JobId
+    step: int
+    detail: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CheckpointRetired:
+    at_ms: int
+    job_id: JobId
+    step: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CheckpointWanted:
+    """The operator asked for a checkpoint after the current step."""
+
+    at_ms: int
+    job_id: JobId
+    generation: int
+
+
+# volatile records: applied to the state, never written to the journal
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LeaseRenewed:
+    at_ms: int
+    agent_id: AgentId
+    until_ms: int
+    step: int
+    activity: str
+    tokens_per_s: float
+    disk_free_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SessionEnded:
+    at_ms: int
+    agent_id: AgentId
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AgentReadied:
+    at_ms: int
+    agent_id: AgentId
+    readiness: Readiness | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WaitChanged:
+    """Bookkeeping of `gathered_ms` / `standby_ms` of a job."""
+
+    at_ms: int
+    job_id: JobId
+    gathered_ms: int | None
+    standby_ms: int | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LeasesRefreshed:
+    at_ms: int
+    until_ms: tuple[tuple[AgentId, int], ...]
+
+
+DurableRecord = (
+    TokenCreated
+    | TokenRevoked
+    | AgentAdmitted
+    | CertificateRenewed
+    | AgentArrived
+    | AgentSuspected
+    | AgentLost
+    | AgentLeft
+    | AgentDraining
+    | StandingChanged
+    | StrikeCounted
+    | AgentAssigned
+    | AgentUnassigned
+    | JobAdmitted
+    | JobPhaseChanged
+    | JobRescaled
+    | GenerationPlanned
+    | MemberFormed
+    | MemberFinished
+    | MemberReleased
+    | CollectiveFailed
+    | FailureCounted
+    | StepsCommitted
+    | StepsRolledBack
+    | ShardRecorded
+    | ManifestCommitted
+    | PendingDropped
+    | CheckpointDamaged
+    | CheckpointRetired
+    | CheckpointWanted
+)
+VolatileRecord = LeaseRenewed | SessionEnded | AgentReadied | WaitChanged | LeasesRefreshed
+Record = DurableRecord | VolatileRecord
+
+
+# ----------------------------------------------------------------------------------- replies out
+
+
+class Refusal(enum.IntEnum):
+    """Same numbers as `muster.v1.Refusal` in protos/agent.proto (a test compares them)."""
+
+    PROTOCOL_VERSION = 1
+    TOKEN_MALFORMED = 2
+    TOKEN_UNKNOWN = 3
+    TOKEN_EXPIRED = 4
+    TOKEN_EXHAUSTED = 5
+    TOKEN_REVOKED = 6
+    BAD_CSR = 7
+    UNKNOWN_AGENT = 8
+    BANNED = 9
+    WRONG_ROLE = 10
+    DUPLICATE_IDENTITY = 11
+    STALE_GENERATION = 12
+    UNKNOWN_JOB = 13
+    WRONG_PHASE = 14
+    INVALID = 15
+    NOT_A_MEMBER = 16
+    DIGEST_MISMATCH = 17
+    UNKNOWN_BLOB = 18
+    NO_SPACE = 19
+    TOO_LARGE = 20
+    UNKNOWN_TOKEN = 21
+    UNKNOWN_CHECKPOINT = 22
+    RATE_LIMITED = 23
+    UNKNOWN_DATASET = 24
+    NAME_TAKEN = 25
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Refused:
+    refusal: Refusal
+    message: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Accepted:
+    """Done; what was decided is in the records."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProgressAccepted:
+    """Steps `first_new_step .. last_step` are new; nothing is if first_new_step > last_step."""
+
+    first_new_step: int
+    last_step: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ShardAccepted:
+    committed: bool
+
+
+Reply = Refused | Accepted | ProgressAccepted | ShardAccepted
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Decision:
+    records: tuple[Record, ...] = ()
+    reply: Reply = Accepted()
+
+
+# ----------------------------------------------------------------------------------- pushes to agents
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PushAssignment:
+    agent_id: AgentId
+    job_id: JobId
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PushUnassign:
+    agent_id: AgentId
+    job_id: JobId
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PushPlan:
+    agent_id: AgentId
+    job_id: JobId
+    generation: Generation
+    checkpoint_json: str  # manifest to restore; empty unless generation.from_checkpoint_step
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PushTakeCheckpoint:
+    agent_id: AgentId
+    job_id: JobId
+    generation: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PushDrain:
+    agent_id: AgentId
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PushIdle:
+    agent_id: AgentId
+    reason: str
+    unmet: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PushGoAway:
+    """The shell closes the session (and refuses the identity if BANNED) after sending it."""
+
+    agent_id: AgentId
+    refusal: Refusal
+    message: str
+    retry: bool
+
+
+Push = (
+    PushAssignment
+    | PushUnassign
+    | PushPlan
+    | PushTakeCheckpoint
+    | PushDrain
+    | PushIdle
+    | PushGoAway
+)
