@@ -479,6 +479,14 @@ class ReleasedReceived:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class LeaveAsked:
+    """The agent's owner wants it to leave after a step: the same as a drain by the operator."""
+
+    agent_id: AgentId
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class GoodbyeReceived:
     agent_id: AgentId
     reason: str
@@ -577,6 +585,7 @@ Event = (
     | WorkerFailedReceived
     | FinishedReceived
     | ReleasedReceived
+    | LeaveAsked
     | GoodbyeReceived
     | ShardReported
     | JobSubmitted
