@@ -1,0 +1,52 @@
+# Everything a newcomer needs: `make demo`, `make test`.  Needs Python 3.11+ and make, nothing else.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+PIP    := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
+
+.PHONY: help demo test test-all lint format protos bench clean
+
+help:
+	@echo "make demo    train on three agents of this machine, kill one, let one rejoin"
+	@echo "make test    every test that needs no GPU"
+	@echo "make lint    ruff and mypy --strict"
+	@echo "make protos  regenerate the gRPC code"
+	@echo "make bench   every benchmark that needs no GPU (takes an hour)"
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "Muster needs Python 3.11 or newer; found " + sys.version.split()[0] + ". Say which to use: make PYTHON=python3.12 ...")'
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/installed: pyproject.toml constraints.txt | $(BIN)/python
+	$(PIP) --editable .
+	@touch $@
+
+$(VENV)/installed-dev: pyproject.toml constraints.txt | $(BIN)/python
+	$(PIP) --editable '.[dev]'
+	@touch $@ $(VENV)/installed
+
+demo: $(VENV)/installed
+	$(BIN)/muster local --agents 3 --kill-after 20 --rejoin-after 10 --out out/demo configs/demo.yaml
+
+test: $(VENV)/installed-dev
+	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+lint: $(VENV)/installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/installed-dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+protos: $(VENV)/installed-dev
+	$(BIN)/python -m grpc_tools.protoc -I . --python_out=. --pyi_out=. --grpc_python_out=. protos/agent.proto protos/admin.proto
+
+bench: $(VENV)/installed-dev
+	$(BIN)/python -m bench.recovery
+	$(BIN)/python -m bench.overhead
+	$(BIN)/python -m bench.churn
+
+clean:
+	rm -rf $(VENV) out build *.egg-info .mypy_cache .ruff_cache .hypothesis
