@@ -71,7 +71,9 @@ class Fleet:
         return self.root / "coordinator"
 
     def __enter__(self) -> Self:
-        subprocess.run([BIN / "musterd", "init", self.home], check=True, env=environment(), capture_output=True)
+        subprocess.run(
+            [BIN / "musterd", "init", self.home], check=True, env=environment(), capture_output=True
+        )
         self.start_coordinator(ports=None)
         return self
 
@@ -96,16 +98,7 @@ class Fleet:
         """Start `musterd serve`, on free ports or, at a restart, on those it had."""
         ports = ports or {"main": "127.0.0.1:0", "enroll": "127.0.0.1:0", "metrics": "127.0.0.1:0"}
         config = self.root / "coordinator.yaml"
-        config.write_text(
-            yaml.safe_dump(
-                {
-                    "listen": ports["main"],
-                    "enroll_listen": ports["enroll"],
-                    "metrics_listen": ports["metrics"],
-                    "lease": self.lease,
-                }
-            )
-        )
+        config.write_text(yaml.safe_dump({"listen": ports, "lease": self.lease}))
         ready = self.home / "run" / "addresses.json"
         ready.unlink(missing_ok=True)
         with (self.root / "coordinator.log").open("ab") as log:
@@ -253,9 +246,7 @@ class Fleet:
         )
         return self.job(job)
 
-    def _through_restarts(
-        self, attempt: Callable[[admin_pb2_grpc.AdminServiceStub, float], bool]
-    ) -> bool:
+    def _through_restarts(self, attempt: Callable[[admin_pb2_grpc.AdminServiceStub, float], bool]) -> bool:
         """Run `attempt`, again if the coordinator went away under it."""
         deadline = time.monotonic() + LIMIT_S
         while True:

@@ -1,0 +1,190 @@
+"""The promises of the design, on real processes over real TLS: the oracle is the committed step log."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from protos import agent_pb2
+from tests.e2e.fleet import Fleet, stopped
+from tests.e2e.oracle import check_exactly_once, check_same_losses, check_slices
+
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(240)]
+
+Config = Callable[..., dict[str, Any]]
+STEPS = 150
+
+
+@pytest.fixture(scope="module")
+def undisturbed() -> dict[str, list[agent_pb2.StepRecord]]:
+    """Step logs of undisturbed runs, by world size; filled by the test of world sizes."""
+    return {}
+
+
+def whole_log(fleet: Fleet, job: str, config: dict[str, Any], dataset: Path) -> list[agent_pb2.StepRecord]:
+    """Wait for the job's end; check that it completed and that its log is exact."""
+    view = fleet.wait_end(job)
+    assert view["phase"] == "COMPLETED", view
+    steps = fleet.steps(job)
+    check_exactly_once(steps, config["train"]["steps"])
+    check_slices(steps, config, dataset)
+    return steps
+
+
+def start_three(fleet: Fleet, config: dict[str, Any]) -> str:
+    job = fleet.submit(config)
+    for name in ("a", "b", "c"):
+        fleet.start_agent(name)
+    fleet.wait_generation(job, members=3)
+    return job
+
+
+@pytest.fixture(scope="module")
+def reference(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> list[agent_pb2.StepRecord]:
+    """The undisturbed run of one agent: what every other run's losses must equal."""
+    from tests.e2e.conftest import config as config_fixture
+
+    config = config_fixture.__wrapped__(dataset)(steps=STEPS, step_delay_ms=0)  # type: ignore[attr-defined]
+    root = tmp_path_factory.mktemp("ref")
+    with Fleet(root=root) as fleet:
+        job = fleet.submit(config)
+        fleet.start_agent("solo")
+        return whole_log(fleet, job, config, dataset)
+
+
+def test_killed_agent_is_replaced_and_every_step_is_committed_once(
+    fleet: Fleet, config: Config, dataset: Path, reference: list[agent_pb2.StepRecord]
+) -> None:
+    job_config = config(steps=STEPS)
+    job = start_three(fleet, job_config)
+    fleet.wait_step(job, 20)
+    first = fleet.job(job)["generation"]["number"]
+    orphans = fleet.agents["b"].workers()
+    survivors = fleet.agents["a"].workers() + fleet.agents["c"].workers()
+    assert len(orphans) == 1
+    assert len(survivors) == 2
+
+    fleet.agents["b"].kill()
+    second = fleet.wait_generation(job, members=2, after=first)
+    assert (
+        psutil.wait_procs([psutil.Process(pid) for pid in orphans if psutil.pid_exists(pid)], timeout=10)[1]
+        == []
+    )
+    fleet.start_agent("d")
+    fleet.wait_generation(job, members=3, after=second)
+
+    assert fleet.agents["a"].workers() + fleet.agents["c"].workers() == survivors, (
+        "survivors keep their processes"
+    )
+    check_same_losses(whole_log(fleet, job, job_config, dataset), reference)
+
+
+def test_killed_coordinator_returns_and_no_worker_restarts(
+    fleet: Fleet, config: Config, dataset: Path, reference: list[agent_pb2.StepRecord]
+) -> None:
+    job_config = config(steps=STEPS)
+    job = start_three(fleet, job_config)
+    fleet.wait_step(job, 20)
+    before = fleet.job(job)
+    workers = {name: agent.workers() for name, agent in fleet.agents.items()}
+    acknowledged = fleet.steps(job)
+
+    fleet.kill_coordinator()
+    fleet.start_coordinator(ports=fleet.addresses)
+    fleet.wait_step(job, acknowledged[-1].step + 20)
+
+    assert {name: agent.workers() for name, agent in fleet.agents.items()} == workers
+    assert fleet.job(job)["generation"]["number"] == before["generation"]["number"]
+    steps = whole_log(fleet, job, job_config, dataset)
+    assert list(steps[: len(acknowledged)]) == acknowledged, "a committed record changed"
+    check_same_losses(steps, reference)
+
+
+def test_killed_worker_is_replaced_by_its_agent(
+    fleet: Fleet, config: Config, dataset: Path, reference: list[agent_pb2.StepRecord]
+) -> None:
+    job_config = config(steps=STEPS)
+    job = start_three(fleet, job_config)
+    fleet.wait_step(job, 20)
+    first = fleet.job(job)["generation"]["number"]
+    (worker,) = fleet.agents["a"].workers()
+
+    os.kill(worker, signal.SIGKILL)
+    second = fleet.wait_generation(job, members=2, after=first)
+    fleet.wait_generation(job, members=3, after=second)
+
+    assert fleet.job(job)["failures"] == 0, "a kill from outside is not the job's fault"
+    check_same_losses(whole_log(fleet, job, job_config, dataset), reference)
+
+
+def test_frozen_agent_is_left_behind_and_returns_when_it_thaws(
+    fleet: Fleet, config: Config, dataset: Path, reference: list[agent_pb2.StepRecord]
+) -> None:
+    job_config = config(steps=STEPS, step_delay_ms=60)
+    job = start_three(fleet, job_config)
+    fleet.wait_step(job, 10)
+    first = fleet.job(job)["generation"]["number"]
+    frozen = fleet.agents["c"]
+
+    with stopped([frozen.process.pid, *frozen.workers()]):
+        second = fleet.wait_generation(job, members=2, after=first)
+    fleet.wait_generation(job, members=3, after=second)
+
+    check_same_losses(whole_log(fleet, job, job_config, dataset), reference)
+
+
+def test_sigterm_drains_an_agent_without_losing_computed_work(
+    fleet: Fleet, config: Config, dataset: Path, reference: list[agent_pb2.StepRecord]
+) -> None:
+    job_config = config(steps=STEPS)
+    job = start_three(fleet, job_config)
+    fleet.wait_step(job, 20)
+    first = fleet.job(job)["generation"]["number"]
+    leaving = fleet.agents["a"]  # rank 0: hosts the store, most senior
+
+    leaving.process.send_signal(signal.SIGTERM)
+    assert leaving.process.wait(timeout=60) == 0
+    fleet.wait_generation(job, members=2, after=first)
+
+    view = fleet.job(job)
+    assert view["generation"]["cut"] == "after_step"
+    check_same_losses(whole_log(fleet, job, job_config, dataset), reference)
+
+
+def test_when_everyone_dies_the_job_resumes_from_the_newest_checkpoint(
+    fleet: Fleet, config: Config, dataset: Path, reference: list[agent_pb2.StepRecord]
+) -> None:
+    job_config = config(steps=STEPS)
+    job = start_three(fleet, job_config)
+    fleet.wait_event(
+        lambda kind, record: kind == "ManifestCommitted" and record["checkpoint"]["step"] >= 20,
+        "a checkpoint at step 20 or later",
+        job=job,
+    )
+    for name in ("a", "b", "c"):
+        fleet.agents[name].kill()
+    for name in ("d", "e"):
+        fleet.start_agent(name)
+
+    check_same_losses(whole_log(fleet, job, job_config, dataset), reference)
+
+
+def test_paused_job_resumes_where_it_was(
+    fleet: Fleet, config: Config, dataset: Path, reference: list[agent_pb2.StepRecord]
+) -> None:
+    job_config = config(steps=STEPS)
+    job = start_three(fleet, job_config)
+    fleet.wait_step(job, 20)
+    fleet.muster("job", "pause", job)
+    fleet.wait_event(lambda kind, r: kind == "JobPhaseChanged" and r["phase"] == "PAUSED", "PAUSED", job=job)
+    paused_at = fleet.job(job)["committed_step"]
+    assert paused_at == len(fleet.steps(job))
+    fleet.muster("job", "resume", job)
+
+    check_same_losses(whole_log(fleet, job, job_config, dataset), reference)
