@@ -1,0 +1,371 @@
+"""How long after an event the survivors commit their next step, for Muster and for its peers.
+
+    python -m bench.recovery [--json] [--repeats 5] [--systems muster,torchrun] [--cases freeze]
+
+What is measured is written down in docs/benchmarks.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import random
+import signal
+import statistics
+import time
+from collections.abc import Callable, Iterable, Sequence
+
+from bench.fleets.fleet import Fleet, FleetError, Shape
+from bench.fleets.muster import Muster
+from bench.fleets.torchft import Torchft, TorchftTuned
+from bench.fleets.torchrun import Torchrun, TorchrunPlain, TorchrunTuned
+from bench.processes import send
+from bench.report import Row, emit, progress
+from bench.trace import Commit
+
+SYSTEMS: tuple[type[Fleet], ...] = (Muster, Torchrun, TorchrunTuned, Torchft, TorchftTuned, TorchrunPlain)
+DEFAULT_SYSTEMS = ("muster", "torchrun", "torchrun-tuned", "torchft", "torchft-tuned")
+CASES = ("kill_worker", "kill_agent", "drain", "freeze", "join", "coordinator_restart")
+
+GIVE_UP_AFTER = 2
+"""Attempts of one case that run into the limit, one after the other, before the rest is left out."""
+CALM_S = 3.0
+"""How long steps are watched after a coordinator is back."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Sample:
+    """One attempt.  `recovery_s` None: not within the limit."""
+
+    recovery_s: float | None
+    steps_lost: int | None
+    joined_s: float | None = None
+    """join: from the start of the newcomer's process to its first committed step."""
+    note: str = ""
+
+
+def rolled_back(commits: Sequence[Commit]) -> int:
+    """Committed steps that were computed again: what each world's first step takes back of the last
+    step committed before it."""
+    first_of: dict[int, Commit] = {}
+    for commit in commits:
+        known = first_of.get(commit.generation)
+        if known is None or commit.step < known.step:
+            first_of[commit.generation] = commit
+    lost = 0
+    for generation, first in first_of.items():
+        before = [c.step for c in commits if c.generation != generation and c.t_ns < first.t_ns]
+        if before:
+            lost += max(0, max(before) + 1 - first.step)
+    return lost
+
+
+def gaps_s(commits: Iterable[Commit], who: Callable[[Commit], int | None]) -> list[float]:
+    """Seconds between two successive commits of each member that `who` names; None is passed over."""
+    last: dict[int, int] = {}
+    gaps = []
+    for commit in sorted(commits, key=lambda c: c.t_ns):
+        member = who(commit)
+        if member is None:
+            continue
+        if member in last:
+            gaps.append((commit.t_ns - last[member]) / 1e9)
+        last[member] = commit.t_ns
+    return gaps
+
+
+def _first_steps(
+    fleet: Fleet, survivors: Sequence[int], old_generation: int, since_ns: int, start: int
+) -> dict[int, int] | None:
+    """When each survivor first committed a step in a world other than the old one; None after the limit."""
+    first: dict[int, int] = {}
+
+    def done(fresh: Iterable[Commit]) -> bool:
+        for commit in fresh:
+            member = fleet.owner(commit)
+            if member in survivors and commit.generation != old_generation and commit.t_ns > since_ns:
+                first.setdefault(member, commit.t_ns)
+        return len(first) == len(survivors)
+
+    return first if fleet.trace.wait(done, fleet.limit_s, start=start, alive=fleet.alive) else None
+
+
+def _missed(fleet: Fleet, since_ns: int) -> Sample:
+    if fleet.alive():
+        return Sample(recovery_s=None, steps_lost=None, note=f"limit {fleet.limit_s:g} s")
+    seconds = (time.monotonic_ns() - since_ns) / 1e9
+    return Sample(recovery_s=None, steps_lost=None, note=f"every member had ended after {seconds:.1f} s")
+
+
+def _strike(
+    fleet: Fleet, rank: int, rng: random.Random, act: Callable[[int], None], *, spares_agent: bool = False
+) -> Sample:
+    """Do `act` to the member that holds `rank` and time the others; then bring the fleet to full
+    strength.  With `spares_agent` an agent is expected to start a new worker by itself."""
+    newest = fleet.steady(fleet.shape.world)
+    current = {c.rank: c for c in fleet.trace.commits() if c.generation == newest.generation}
+    victim = fleet.owner(current[rank % fleet.shape.world])
+    if victim is None:
+        raise FleetError(f"{fleet.system}: no member holds rank {rank}")
+    survivors = [member for member in fleet.members if member != victim]
+    start = len(fleet.trace)
+    # Not always at the same point of a step.
+    time.sleep(rng.uniform(0, 2 * fleet.shape.step_delay_ms / 1000))
+    since_ns = time.monotonic_ns()
+    act(victim)
+    first = _first_steps(fleet, survivors, newest.generation, since_ns, start)
+    sample = (
+        _missed(fleet, since_ns)
+        if first is None
+        else Sample(
+            recovery_s=(max(first.values()) - since_ns) / 1e9,
+            steps_lost=rolled_back(fleet.trace.commits(max(0, start - 100))),
+        )
+    )
+    if not (spares_agent and fleet.has_agents):
+        fleet.remove(victim)
+        fleet.add()
+    return sample
+
+
+def kill_worker(fleet: Fleet, rank: int, rng: random.Random) -> Sample:
+    """SIGKILL one training process."""
+    return _strike(fleet, rank, rng, lambda member: send(fleet.worker(member), signal.SIGKILL), spares_agent=True)
+
+
+def kill_agent(fleet: Fleet, rank: int, rng: random.Random) -> Sample:
+    """SIGKILL an agent with its training process."""
+    return _strike(fleet, rank, rng, lambda member: fleet.signal(member, signal.SIGKILL))
+
+
+def drain(fleet: Fleet, rank: int, rng: random.Random) -> Sample:
+    """SIGTERM to an agent: it is asked to go."""
+    return _strike(fleet, rank, rng, lambda member: send(member, signal.SIGTERM))
+
+
+def freeze(fleet: Fleet, rank: int, rng: random.Random) -> Sample:
+    """SIGSTOP an agent and its training process: silence, with every connection open."""
+    return _strike(fleet, rank, rng, lambda member: fleet.signal(member, signal.SIGSTOP))
+
+
+def join(fleet: Fleet, _rank: int, _rng: random.Random) -> Sample:
+    """A new member comes to a fleet that is one short: how long do the others pause?"""
+    shape = fleet.shape
+    if len(fleet.members) == shape.world:
+        fleet.remove(next(reversed(fleet.members)))
+    newest = fleet.steady(shape.world - 1)
+    survivors = list(fleet.members)
+    start = len(fleet.trace)
+    since_ns = time.monotonic_ns()
+    newcomer = fleet.add()
+    # The newcomer imports torch and builds its model meanwhile: that is not the others' pause.
+    entered: dict[int, int] = {}
+
+    def done(fresh: Iterable[Commit]) -> bool:
+        for commit in fresh:
+            member = fleet.owner(commit)
+            if member is not None and commit.world == shape.world:
+                entered.setdefault(member, commit.t_ns)
+        return len(entered) == shape.world
+
+    if not fleet.trace.wait(done, fleet.start_limit_s, start=start, alive=fleet.alive):
+        return _missed(fleet, since_ns)
+    commits = fleet.trace.commits(max(0, start - 100))
+    pauses = []
+    for member in survivors:
+        before = [
+            c.t_ns
+            for c in commits
+            if fleet.owner(c) == member and c.generation == newest.generation and c.t_ns < entered[member]
+        ]
+        pauses.append((entered[member] - max(before)) / 1e9)
+    return Sample(
+        recovery_s=max(pauses),
+        steps_lost=rolled_back(commits),
+        joined_s=(entered[newcomer] - since_ns) / 1e9,
+    )
+
+
+def coordinator_restart(fleet: Fleet, _rank: int, _rng: random.Random) -> Sample:
+    """SIGKILL the coordinator and start it again: how much longer than usual does a step take?"""
+    world = fleet.shape.world
+    fleet.steady(world, steps=50)
+    before = fleet.trace.commits(len(fleet.trace) - 50 * world)
+    workers = {c.pid for c in before}
+    start = len(fleet.trace)
+    since_ns = time.monotonic_ns()
+    fleet.kill_coordinator()
+    fleet.start_coordinator()
+    calm_ns = time.monotonic_ns() + int(CALM_S * 1e9)
+    stepped: set[int] = set()
+
+    def done(fresh: Iterable[Commit]) -> bool:
+        stepped.update(m for c in fresh if c.t_ns > calm_ns and (m := fleet.owner(c)) is not None)
+        return len(stepped) == world
+
+    if not fleet.trace.wait(done, CALM_S + fleet.limit_s, start=start, alive=fleet.alive):
+        return _missed(fleet, since_ns)
+    after = fleet.trace.commits(start - world)
+    restarted = len({c.pid for c in after} - workers)
+    pause_s = max(gaps_s(after, fleet.owner)) - statistics.median(gaps_s(before, fleet.owner))
+    return Sample(
+        recovery_s=max(0.0, pause_s),
+        steps_lost=rolled_back(before + after),
+        note=f"{restarted} workers restarted" if restarted else "",
+    )
+
+
+MEASURES: dict[str, Callable[[Fleet, int, random.Random], Sample]] = {
+    "kill_worker": kill_worker,
+    "kill_agent": kill_agent,
+    "drain": drain,
+    "freeze": freeze,
+    "join": join,
+    "coordinator_restart": coordinator_restart,
+}
+
+
+def goal_of(system: str, case: str, shape: Shape) -> float | None:
+    """What Muster has to reach; the others are there to be compared with."""
+    if system != "muster":
+        return None
+    return {
+        "kill_worker": 0.15,
+        "kill_agent": 0.15,
+        "drain": 0.15,
+        "freeze": shape.silence_s + 0.2,
+        "join": 0.2,
+        "coordinator_restart": shape.step_delay_ms / 1000,
+    }[case]
+
+
+def rows_of(
+    samples: Sequence[Sample], *, system: str, case: str, goal: float | None, note: str, unit: str = "s"
+) -> list[Row]:
+    """The rows of one system in one case."""
+    missed = {s.note for s in samples if s.note}
+    note = "; ".join(filter(None, [*sorted(missed), note]))
+    rows = [
+        Row.of(
+            [s.recovery_s for s in samples],
+            case=case,
+            system=system,
+            metric="recovery_s",
+            unit=unit,
+            goal=goal,
+            note=note,
+        ),
+        Row.of(
+            [float(s.steps_lost) for s in samples if s.steps_lost is not None],
+            case=case,
+            system=system,
+            metric="steps_lost",
+            unit="steps",
+            goal=None if goal is None else 0.0,
+        ),
+    ]
+    if joined := [s.joined_s for s in samples if s.joined_s is not None]:
+        rows.append(Row.of(joined, case=case, system=system, metric="joined_s", unit="s"))
+    return rows
+
+
+def measure(
+    make: Callable[[], Fleet], case: str, repeats: int, rng: random.Random
+) -> tuple[list[Sample], str]:
+    """`repeats` attempts of a case, and what is to be said about them.
+
+    One fleet serves all attempts as long as it comes back to full strength; after an attempt that ran
+    into the limit, or when it does not come back, a fresh one is started.
+    """
+    samples: list[Sample] = []
+    fresh_starts = 0
+    fleet: Fleet | None = None
+    try:
+        while len(samples) < repeats:
+            if fleet is None:
+                fresh_starts += 1
+                if fresh_starts > 2 * repeats:
+                    return samples, "gave up: the fleet kept failing between attempts"
+                fleet = make()
+                fleet.start(fleet.shape.world - (case == "join"))
+            try:
+                rank = (fleet.shape.world - 1 - len(samples)) % fleet.shape.world
+                sample = MEASURES[case](fleet, rank, rng)
+            except FleetError as error:
+                progress(f"    the fleet did not come back: {str(error).splitlines()[0]}")
+                fleet.close()
+                fleet = None
+                continue
+            samples.append(sample)
+            shown = "not within the limit" if sample.recovery_s is None else f"{sample.recovery_s:.3f} s"
+            progress(f"    {len(samples)}/{repeats}: {shown}, {sample.steps_lost} steps lost {sample.note}")
+            if sample.recovery_s is None:
+                fleet.close()
+                fleet = None
+                last = samples[-GIVE_UP_AFTER:]
+                if len(last) == GIVE_UP_AFTER and all(s.recovery_s is None for s in last):
+                    break
+        replaced = f"{fresh_starts - 1} times a fresh fleet was needed" if fresh_starts > 1 else ""
+        return samples, replaced
+    except FleetError as error:
+        progress(str(error))
+        return samples, str(error).splitlines()[0]
+    finally:
+        if fleet is not None:
+            fleet.close()
+
+
+def measure_all(
+    systems: Sequence[type[Fleet]], cases: Sequence[str], repeats: int, shape: Shape, rng: random.Random
+) -> list[Row]:
+    """Every case of every system, case by case, so that systems are compared close in time."""
+    rows: list[Row] = []
+    for case in cases:
+        for system in systems:
+            progress(f"{case}: {system.system}")
+            samples: list[Sample] = []
+            if not (said := system.unavailable()):
+                samples, said = measure(lambda made=system: made(shape), case, repeats, rng)  # type: ignore[misc]
+            rows += rows_of(
+                samples,
+                system=system.system,
+                case=case,
+                goal=goal_of(system.system, case, shape),
+                note="; ".join(filter(None, [said, system.note])),
+            )
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m bench.recovery", description=__doc__.splitlines()[0])
+    parser.add_argument("--json", action="store_true", help="one JSON list on standard output")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--systems", type=chosen({s.system for s in SYSTEMS}), default=list(DEFAULT_SYSTEMS))
+    parser.add_argument("--cases", type=chosen(set(CASES)), default=list(CASES))
+    parser.add_argument("--step-delay-ms", type=int, default=20)
+    parser.add_argument("--silence-s", type=float, default=1.0, help="Muster's lease, and its equals")
+    parser.add_argument("--seed", type=int, default=1)
+    args = parser.parse_args()
+    shape = Shape(step_delay_ms=args.step_delay_ms, silence_s=args.silence_s, seed=args.seed)
+    systems = [s for s in SYSTEMS if s.system in args.systems]
+    cases = [c for c in CASES if c in args.cases]
+    emit(measure_all(systems, cases, args.repeats, shape, random.Random(args.seed)), as_json=args.json)
+
+
+def chosen(allowed: set[str]) -> Callable[[str], list[str]]:
+    """An argparse type: names from `allowed`, separated by commas."""
+
+    def parse(text: str) -> list[str]:
+        names = text.split(",")
+        for name in names:
+            if name not in allowed:
+                raise argparse.ArgumentTypeError(
+                    f"found {name!r}; allowed: {', '.join(sorted(allowed))}, separated by commas"
+                )
+        return names
+
+    return parse
+
+
+if __name__ == "__main__":
+    main()
