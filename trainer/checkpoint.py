@@ -409,12 +409,12 @@ class CheckpointDirectory:
             )
         return None
 
-    def retain(self, keep: int, *, orphan_age_s: float = 3600.0) -> None:
-        """Keep the newest `keep` (at least one) checkpoints.
+    def retain(self, keep: int, *, orphan_age_s: float | None = None) -> None:
+        """Keep the newest `keep` (at least one) checkpoints; their predecessors go, with blobs only they used.
 
-        Their predecessors go, with blobs that only they used; so do blobs and temporaries that no
-        manifest names and that are older than `orphan_age_s`: younger ones may belong to a checkpoint
-        that is being written.
+        With `orphan_age_s` also blobs and temporaries go that no manifest names and that are older than
+        that: younger ones may belong to a checkpoint that is being written.  Give it only where nobody
+        else keeps blobs in this directory.
         """
         manifests = self.manifests()
         kept, gone = manifests[: max(1, keep)], manifests[max(1, keep) :]
@@ -423,14 +423,17 @@ class CheckpointDirectory:
         # Manifests first: a crash in between leaves orphans, never a manifest without its shards.
         for manifest in gone:
             (self._manifests / f"{manifest.step}.json").unlink(missing_ok=True)
+        for digest in unused:
+            (self._blobs / digest).unlink(missing_ok=True)
+        if orphan_age_s is None or not kept:
+            return
         oldest_ns = time.time_ns() - int(orphan_age_s * 1e9)
-        for path in self._blobs.glob("*") if kept else ():
+        for path in self._blobs.iterdir():
             try:
-                orphan = path.name not in used and path.stat().st_mtime_ns < oldest_ns
+                if path.name not in used and path.stat().st_mtime_ns < oldest_ns:
+                    path.unlink()
             except FileNotFoundError:
                 continue  # another process swept it
-            if path.name in unused or orphan:
-                path.unlink(missing_ok=True)
 
     def _check_structure(self, manifest: Manifest, shard: ShardFile, expected: ShardLayout) -> None:
         def damaged(why: str) -> DamagedShard:
