@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import re
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -127,17 +126,30 @@ def verify(*, coordinator: Coordinator, output: Output, name: CheckpointName) ->
 @click.option(
     "--out", type=click.Path(path_type=Path), required=True, help="Directory to make; must not exist yet."
 )
+@click.option(
+    "--tokenizer", metavar="byte|FILE.json", help="To go along; default the one of the job's dataset."
+)
 @with_coordinator
-def export(*, coordinator: Coordinator, output: Output, name: CheckpointName, form: str, out: Path) -> None:
-    """Download a checkpoint, verify every digest and write it in another format."""
+def export(
+    *,
+    coordinator: Coordinator,
+    output: Output,
+    name: CheckpointName,
+    form: str,
+    out: Path,
+    tokenizer: str | None,
+) -> None:
+    """Download a checkpoint, verify every digest and write its model in another format."""
     from coordinator.admin.submission import run_trainer
 
-    with new_directory(out) as made, downloaded(coordinator, name) as (directory, step):
-        arguments = [str(directory), "--step", str(step), "--format", form, "--out", str(made)]
+    if out.exists():
+        raise BadInput(f"--out {out}: exists already; name a directory that does not, or remove it")
+    with downloaded(coordinator, name) as fetched:
+        arguments = [*fetched.arguments(tokenizer), "--format", form, "--out", str(out)]
         run_trainer("export", arguments, EXPORT_LIMIT_S)
-        files = sorted(path.name for path in made.iterdir())
-    view = {"job": name.job, "step": step, "format": form, "out": str(out), "files": files}
-    output.done(view, f"{out}: step {step} as {form} ({', '.join(files)})")
+    files = sorted(path.name for path in out.iterdir())
+    view = {"job": fetched.job, "step": fetched.step, "format": form, "out": str(out), "files": files}
+    output.done(view, f"{out}: step {fetched.step} as {form} ({', '.join(files)})")
 
 
 # ----------------------------------------------------------------------------------- shared with others
@@ -148,11 +160,25 @@ def get_manifest(coordinator: Coordinator, name: CheckpointName) -> dict[str, An
     return _parse_manifest(_manifest_json(coordinator, name), name)
 
 
-@contextlib.contextmanager
-def downloaded(coordinator: Coordinator, name: CheckpointName) -> Iterator[tuple[Path, int]]:
-    """A temporary directory with the checkpoint in the local layout (`blobs/`, `manifests/`), and its step.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LocalCheckpoint:
+    """A checkpoint in the local layout (`blobs/`, `manifests/`), and what reads its dataset's tokens."""
 
-    Every blob's digest was verified."""
+    directory: Path
+    job: str
+    step: int
+    tokenizer: str | None = None  # "byte" or a file; None if it is not known
+
+    def arguments(self, tokenizer: str | None = None) -> list[str]:
+        """How trainer.export and trainer.generate are told of it; `tokenizer` is used instead of its own."""
+        chosen = tokenizer or self.tokenizer
+        named = ["--checkpoint-dir", str(self.directory), "--step", str(self.step)]
+        return [*named, "--tokenizer", chosen] if chosen else named
+
+
+@contextlib.contextmanager
+def downloaded(coordinator: Coordinator, name: CheckpointName) -> Iterator[LocalCheckpoint]:
+    """The checkpoint in a temporary directory, with its tokenizer; every blob's digest was verified."""
     from coordinator.admin.submission import progress
 
     text = _manifest_json(coordinator, name)
@@ -166,24 +192,27 @@ def downloaded(coordinator: Coordinator, name: CheckpointName) -> Iterator[tuple
             for digest in dict.fromkeys(shard["digest"] for shard in shards):
                 coordinator.get_blob(digest, directory / "blobs" / digest, advance)
         (directory / "manifests" / f"{manifest['step']}.json").write_text(text, encoding="utf-8")
-        yield directory, manifest["step"]
+        yield LocalCheckpoint(
+            directory=directory,
+            job=manifest["job"],
+            step=manifest["step"],
+            tokenizer=_tokenizer(coordinator, manifest["job"], directory),
+        )
 
 
-@contextlib.contextmanager
-def new_directory(out: Path) -> Iterator[Path]:
-    """A scratch directory beside `out` that becomes `out` when the block succeeds and vanishes when it does not."""
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise BadInput(f"--out {out}: exists already; name a directory that does not, or remove it")
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        scratch = tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-")
-    except OSError as error:
-        raise BadInput(f"--out {out}: {error.strerror}") from error
-    with scratch:
-        made = Path(scratch.name) / out.name
-        made.mkdir()
-        yield made
-        os.replace(made, out)
+def _tokenizer(coordinator: Coordinator, job_id: str, directory: Path) -> str | None:
+    """The tokenizer of the job's dataset: "byte", or its file, downloaded to `directory`."""
+    from coordinator.admin.job import get_job
+
+    tokenizer = (get_job(coordinator, job_id).get("dataset") or {}).get("tokenizer") or {}
+    digest = tokenizer.get("digest")
+    if not digest:
+        return tokenizer.get("kind")
+    if not _DIGEST.fullmatch(digest):
+        raise OperationFailed(f"job {job_id}: the coordinator names {digest!r} as its tokenizer's digest")
+    file = directory / "tokenizer.json"
+    coordinator.get_blob(digest, file, lambda _: None)
+    return str(file)
 
 
 def _manifest_json(coordinator: Coordinator, name: CheckpointName) -> str:
@@ -208,8 +237,8 @@ def _parse_manifest(text: str, name: CheckpointName) -> dict[str, Any]:
 def _manifest_problem(manifest: Mapping[str, Any]) -> str:
     if manifest["format"] != "muster-checkpoint-1":
         return f"format is {manifest['format']!r}, expected 'muster-checkpoint-1'"
-    if type(manifest["step"]) is not int:
-        return f"step is {manifest['step']!r}, expected a number"
+    if not isinstance(manifest["job"], str) or type(manifest["step"]) is not int:
+        return f"job is {manifest['job']!r} and step {manifest['step']!r}, expected an id and a number"
     for shard in manifest["shards"]:
         # The digest becomes a file name here.
         if not _DIGEST.fullmatch(shard["digest"]) or type(shard["bytes"]) is not int:

@@ -224,8 +224,8 @@ def steps(*, coordinator: Coordinator, output: Output, job_ref: str, follow: boo
             f"{'step':>8} {'loss':>9} {'lr':>10} {'grad norm':>9} {'tokens':>9} {'seconds':>8} generation"
         )
     for entry in step_entries(coordinator, job_ref, after=after, follow=follow):
-        if "evaluation_loss" in entry:
-            text = f"{entry['step']:>8} {entry['evaluation_loss']:>9.4f} evaluation"
+        if entry["type"] == "evaluation":
+            text = f"{entry['step']:>8} {entry['loss']:>9.4f} evaluation"
         else:
             text = (
                 f"{entry['step']:>8} {entry['loss']:>9.4f} {entry['lr']:>10.3e} {entry['grad_norm']:>9.3f} "
@@ -248,7 +248,7 @@ def get_job(coordinator: Coordinator, job_ref: str) -> dict[str, Any]:
 def step_entries(
     coordinator: Coordinator, job_ref: str, *, after: int = 0, follow: bool = False
 ) -> Iterator[dict[str, Any]]:
-    """Committed steps after `after` in order, and evaluations as objects with `evaluation_loss`."""
+    """Committed steps after `after` in order (`type` is "step"), and evaluations ("evaluation")."""
     from protos import admin_pb2
 
     def request(position: int) -> admin_pb2.StepsRequest:
@@ -261,6 +261,7 @@ def step_entries(
     for reply in _streamed(coordinator, coordinator.stub.Steps, request, follow, after, position):
         for record in reply.steps:
             yield {
+                "type": "step",
                 "step": record.step,
                 "loss": record.loss,
                 "lr": record.lr,
@@ -275,7 +276,7 @@ def step_entries(
         for evaluation in reply.evaluations:
             if evaluation.step > evaluated:
                 evaluated = evaluation.step
-                yield {"step": evaluation.step, "evaluation_loss": evaluation.loss}
+                yield {"type": "evaluation", "step": evaluation.step, "loss": evaluation.loss}
 
 
 def why(view: View) -> str:

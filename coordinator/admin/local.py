@@ -131,7 +131,7 @@ class Run:
     token: str = ""
     started: int = 0
     job: Mapping[str, Any] = field(default_factory=dict)
-    steps: list[dict[str, Any]] = field(default_factory=list)
+    entries: list[dict[str, Any]] = field(default_factory=list)
     sequence: int = 0
     notes: deque[str] = field(default_factory=lambda: deque(maxlen=8))
     training_since: float | None = None
@@ -254,20 +254,20 @@ class Run:
         from coordinator.admin.job import step_entries, why
 
         assert self.submission.training is not None
-        entries = list(step_entries(coordinator, job_id))
-        self.steps = [entry for entry in entries if "evaluation_loss" not in entry]
-        problems = judge(self.steps, self.submission.training.train.steps)
+        self.entries = list(step_entries(coordinator, job_id))
+        steps = [entry for entry in self.entries if entry["type"] == "step"]
+        problems = judge(steps, self.submission.training.train.steps)
         if self.job.get("phase") != "COMPLETED":
             problems.insert(0, f"the job ended {self.job.get('phase')}: {why(self.job)}")
         if self.kill_after_s is not None and self.killed is None:
             self.notes.append("the job ended before anyone was to be killed")
             click.echo(f"muster: --kill-after: {self.notes[-1]}; give it more steps", err=True)
-        first, last = first_and_last_loss(self.steps)
+        first, last = first_and_last_loss(steps)
         return {
             "job_id": job_id,
             "name": self.submission.name,
             "phase": self.job.get("phase"),
-            "steps": len(self.steps),
+            "steps": len(steps),
             "first_loss": first,
             "last_loss": last,
             "generations": (self.job.get("generation") or {}).get("number"),
@@ -287,11 +287,11 @@ class Run:
 
         out.mkdir(parents=True, exist_ok=True)
         steps = out / "steps.jsonl"
-        steps.write_text("".join(json.dumps(step) + "\n" for step in self.steps), encoding="utf-8")
+        steps.write_text("".join(json.dumps(step) + "\n" for step in self.entries), encoding="utf-8")
         try:
-            run_trainer("plot", [str(steps), "--out", str(out / "loss.png")], 120)
-            with downloaded(coordinator, CheckpointName(job=job_id, step=0)) as (directory, step):
-                text = sample(directory, step, SAMPLE_PROMPT, ["--tokens", "200"])
+            run_trainer("plot", ["--steps", str(steps), "--out", str(out / "loss.png")], 120)
+            with downloaded(coordinator, CheckpointName(job=job_id, step=0)) as checkpoint:
+                text = sample(checkpoint, SAMPLE_PROMPT, ["--max-tokens", "200"])
             (out / "sample.txt").write_text(text + "\n", encoding="utf-8")
             summary["sample"] = text
         except OperationFailed as error:

@@ -6,11 +6,14 @@ import functools
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
 from coordinator.admin.output import Output
+
+if TYPE_CHECKING:
+    from coordinator.admin.connection import Coordinator
 
 R = TypeVar("R")
 
@@ -51,20 +54,28 @@ def with_output(function: Callable[..., R]) -> Callable[..., R]:
     return run
 
 
-def with_coordinator(function: Callable[..., R]) -> Callable[..., R]:
-    """Add `-o`, `--identity`, `--address`; the function gets `coordinator`, an open Coordinator."""
+def with_coordinator_options(function: Callable[..., R]) -> Callable[..., R]:
+    """Add `-o`, `--identity`, `--address`; the function gets `output`, `identity` and `address`."""
+    function = click.option("--address", metavar="HOST:PORT", help="Dial this address.")(function)
+    function = click.option("--identity", type=click.Path(path_type=Path), help="Identity file.")(function)
+    return with_output(function)
 
-    @click.option("--identity", type=click.Path(path_type=Path), help="Identity file.")
-    @click.option("--address", metavar="HOST:PORT", help="Dial this address.")
-    @with_output
+
+def with_coordinator(function: Callable[..., R]) -> Callable[..., R]:
+    """Add `-o`, `--identity`, `--address`; the function gets `output` and `coordinator`, an open connection."""
+
+    @with_coordinator_options
     @functools.wraps(function)
     def run(*args: Any, identity: Path | None, address: str | None, **named: Any) -> R:
-        from coordinator.admin.connection import Coordinator
-
-        root = click.get_current_context().find_root().params
-        with Coordinator.open(
-            identity or root.get("identity"), address or root.get("address")
-        ) as coordinator:
+        with connected(identity, address) as coordinator:
             return function(*args, coordinator=coordinator, **named)
 
     return run
+
+
+def connected(identity: Path | None, address: str | None) -> Coordinator:
+    """A connection as this command's options, or else those of `muster` itself, say."""
+    from coordinator.admin.connection import Coordinator
+
+    root = click.get_current_context().find_root().params
+    return Coordinator.open(identity or root.get("identity"), address or root.get("address"))

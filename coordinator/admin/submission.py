@@ -8,10 +8,8 @@ import hashlib
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -227,29 +225,17 @@ def _text_key(data: training.DataSettings) -> str:
 
 
 def _prepare(data: training.DataSettings, target: Path) -> None:
-    """Make the dataset in a subprocess (tokenizers and torch stay out of this one), then put it in place."""
+    """Make the dataset in a subprocess (tokenizers and torch stay out of this one), all of it or nothing."""
     click.echo(f"muster: preparing {', '.join(data.text or ())} as {data.tokenizer}", err=True)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".preparing-") as scratch:
-        made = Path(scratch) / "dataset"
-        arguments = [
-            "--tokenizer",
-            data.tokenizer,
-            "--val-fraction",
-            str(data.val_fraction),
-            "--out",
-            str(made),
-        ]
-        for source in data.text or ():
-            arguments += ["--text", source]
-        run_trainer("prepare", arguments, PREPARE_LIMIT_S)
-        try:
-            made.rename(target)
-        except OSError:
-            # Another submission prepared the same text meanwhile; an incomplete directory has no manifest.
-            if not (target / "manifest.json").exists():
-                shutil.rmtree(target)
-                made.rename(target)
+    texts = [text if text.startswith("@") else str(Path(text).expanduser()) for text in data.text or ()]
+    options = {"tokenizer": data.tokenizer, "val-fraction": str(data.val_fraction), "out": str(target)}
+    try:
+        arguments = [f"--{name}={value}" for name, value in options.items()]
+        run_trainer("prepare", ["--text", *texts, *arguments], PREPARE_LIMIT_S)
+    except OperationFailed:
+        # Another submission may have prepared the same text meanwhile.
+        if not (target / "manifest.json").exists():
+            raise
 
 
 def run_trainer(module: str, arguments: Sequence[str], limit_s: float, *, capture: bool = False) -> str:
@@ -270,7 +256,7 @@ def run_trainer(module: str, arguments: Sequence[str], limit_s: float, *, captur
         raise OperationFailed(f"trainer.{module} did not finish within {limit_s:g} s") from error
     if done.returncode:
         lines = [line for line in done.stderr.splitlines() if line.strip()]
-        reason = lines[-1] if lines else f"exit status {done.returncode}"
+        reason = lines[-1].removeprefix("error: ") if lines else f"exit status {done.returncode}"
         kind = BadInput if done.returncode == 2 else OperationFailed
         raise kind(f"trainer.{module} failed: {reason}")
     return done.stdout if capture else ""
