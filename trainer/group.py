@@ -1,0 +1,357 @@
+"""One generation's process group: made without global state, and left at once when it is superseded.
+
+torch's default group is not used: forming may block on a dead or frozen peer, so it happens on a thread
+that can be abandoned, and several generations' groups exist side by side.
+
+Gloo cannot be aborted (a blocked all-reduce stays blocked), so nobody here ever waits for gloo itself:
+waiting means waiting on the worker's bell for "done or superseded".  What a superseded collective may
+still write into must therefore never be live memory: callers hand over buffers that they do not use
+again.  NCCL is aborted, which ends the kernels that the main thread waits for.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+from collections.abc import Callable
+from datetime import timedelta
+from functools import cache
+
+import torch
+from torch import Tensor
+from torch import distributed as dist
+from torch.futures import Future
+
+Bell = threading.Condition
+"""Rung whenever something happened that a waiting main thread may want to know."""
+
+
+class Interrupted(Exception):
+    """The generation was superseded while this thread was in it."""
+
+
+class CollectiveFailed(Exception):
+    """A collective, or the forming of a group, failed: some peer is gone or unreachable."""
+
+
+@cache
+def _gloo_device() -> dist.ProcessGroupGloo.Device:
+    """One event loop (a thread and its descriptors) for all generations of this process."""
+    interface = os.environ.get("GLOO_SOCKET_IFNAME", "").split(",")[0]
+    if interface:
+        return dist.ProcessGroupGloo.create_device(interface=interface)
+    return dist.ProcessGroupGloo.create_default_device()
+
+
+def _make(
+    store: dist.Store, rank: int, world_size: int, device: torch.device, connect_s: float, collective_s: float
+) -> dist.ProcessGroup:
+    group = dist.ProcessGroup(store, rank, world_size)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        options = dist.ProcessGroupNCCL.Options()
+        options._timeout = timedelta(seconds=collective_s)
+        nccl = dist.ProcessGroupNCCL(store, rank, world_size, options)
+        nccl._set_sequence_number_for_group()
+        group._set_default_backend(dist.ProcessGroup.BackendType.NCCL)
+        group._register_backend(torch.device("cuda"), dist.ProcessGroup.BackendType.NCCL, nccl)
+        group.bound_device_id = device
+        nccl.eager_connect_single_device(device)
+        return group
+    gloo_options = dist.ProcessGroupGloo._Options()
+    gloo_options._devices = [_gloo_device()]
+    gloo_options._threads = 2
+    gloo_options._timeout = timedelta(seconds=connect_s)
+    gloo = dist.ProcessGroupGloo(store, rank, world_size, gloo_options)
+    gloo._set_sequence_number_for_group()
+    gloo._set_default_timeout(timedelta(seconds=collective_s))
+    group._set_default_backend(dist.ProcessGroup.BackendType.GLOO)
+    group._register_backend(torch.device("cpu"), dist.ProcessGroup.BackendType.GLOO, gloo)
+    return group
+
+
+def solo_process_group(device: torch.device) -> dist.ProcessGroup:
+    """A real group of one, for DDP to be constructed on."""
+    return _make(dist.HashStore(), 0, 1, device, 30.0, 600.0)
+
+
+class Group:
+    """The group of one generation.  A world of one has no process group and its collectives return at once.
+
+    Tensors handed to a collective belong to it from then on if it does not return normally.
+    """
+
+    def __init__(
+        self,
+        *,
+        generation: int,
+        rank: int,
+        world_size: int,
+        device: torch.device,
+        bell: Bell,
+        process_group: dist.ProcessGroup | None,
+    ) -> None:
+        self.generation = generation
+        self.rank = rank
+        self.world_size = world_size
+        self.device = device
+        self.aborted = False
+        self.failure: str | None = None
+        """Why a gradient's all-reduce failed, when one did."""
+        self._bell = bell
+        self._process_group = process_group
+        self._unfinished = 0
+        self._promises: set[Future[Tensor | Exception]] = set()
+
+    # -------------------------------------------------------------------------- collectives
+
+    def all_reduce(self, tensor: Tensor) -> None:
+        """Sum `tensor` over the ranks, in place; on return the result is there.
+
+        Raise Interrupted if the generation was superseded first, CollectiveFailed if it broke.
+        """
+        self._run(lambda group: group.allreduce([tensor]))
+        self.settle()
+
+    def broadcast(self, tensor: Tensor, source: int) -> None:
+        """Copy `tensor` from rank `source` to all, in place.  On CUDA call `settle` before trusting it."""
+        options = dist.BroadcastOptions()
+        options.rootRank = source
+        options.rootTensor = 0
+        self._run(lambda group: group.broadcast([tensor], options))
+
+    def settle(self) -> None:
+        """Wait until the device has done what was asked.  After an abort its results are worthless: raise."""
+        if self.device.type == "cuda" and self._process_group is not None:
+            torch.cuda.current_stream(self.device).synchronize()
+            if self.aborted:
+                raise Interrupted(f"generation {self.generation} was superseded")
+
+    def exchange(self, row: list[int]) -> list[list[int]]:
+        """Every rank's row of int64 numbers, in rank order.  All rows have one length."""
+        table = torch.zeros(self.world_size, len(row), dtype=torch.int64)
+        table[self.rank] = torch.tensor(row, dtype=torch.int64)
+        table = table.to(self.device)
+        self.all_reduce(table)
+        rows: list[list[int]] = table.tolist()
+        return rows
+
+    def all_reduce_later(self, tensor: Tensor) -> Future[Tensor]:
+        """Sum `tensor` over the ranks; the result comes as a Future, which fails when the generation ends."""
+        promise: Future[Tensor | Exception] = Future()
+        result: Future[Tensor] = promise.then(_kept)
+        if self._process_group is None:
+            promise.set_result(tensor)
+            return result
+        with self._bell:
+            self._promises.add(promise)
+            aborted = self.aborted
+        if aborted:
+            self._keep(promise, Interrupted(f"generation {self.generation} was superseded"))
+            return result
+        try:
+            future = self._start(lambda group: group.allreduce([tensor]))
+        except CollectiveFailed as error:
+            self._keep(promise, error)
+            return result
+        if self.device.type == "cuda":  # the abort ends the kernel itself; the stream carries the order
+            self._promises.discard(promise)
+            return future.then(lambda done: done.value()[0])
+
+        def deliver(done: Future[list[Tensor]]) -> None:
+            try:
+                done.value()
+            except RuntimeError as error:
+                self._keep(promise, CollectiveFailed(_first_line(error)))
+            else:
+                self._keep(promise, tensor)
+
+        future.add_done_callback(deliver)
+        return result
+
+    def _run(self, start: Callable[[dist.ProcessGroup], dist.Work]) -> None:
+        if self._process_group is None:
+            return
+        if self.aborted:
+            raise Interrupted(f"generation {self.generation} was superseded")
+        future = self._start(start)
+        if self.device.type == "cuda":
+            future.wait()  # orders the streams; the host does not wait
+            return
+        with self._bell:
+            self._bell.wait_for(lambda: future.done() or self.aborted)
+        if not future.done():
+            raise Interrupted(f"generation {self.generation} was superseded")
+        try:
+            future.value()
+        except RuntimeError as error:
+            raise CollectiveFailed(_first_line(error)) from error
+
+    def _start(self, start: Callable[[dist.ProcessGroup], dist.Work]) -> Future[list[Tensor]]:
+        assert self._process_group is not None
+        try:
+            future: Future[list[Tensor]] = start(self._process_group).get_future()
+        except RuntimeError as error:
+            raise CollectiveFailed(_first_line(error)) from error
+        if self.device.type == "cpu":
+            with self._bell:
+                self._unfinished += 1
+            future.add_done_callback(self._finished_one)
+        return future
+
+    def _finished_one(self, _: Future[list[Tensor]]) -> None:
+        with self._bell:
+            self._unfinished -= 1
+            self._bell.notify_all()
+
+    def _keep(self, promise: Future[Tensor | Exception], value: Tensor | Exception) -> None:
+        """Settle a promise once; who comes second is ignored."""
+        with self._bell:
+            if promise not in self._promises:
+                return
+            self._promises.remove(promise)
+            if isinstance(value, CollectiveFailed):
+                self.failure = self.failure or str(value)
+        promise.set_result(value)
+
+    # --------------------------------------------------------------------------------- the end
+
+    def abort(self) -> None:
+        """End every wait in this group, from any thread.  The step in flight is lost."""
+        with self._bell:
+            if self.aborted:
+                return
+            self.aborted = True
+            promises = list(self._promises)
+            self._bell.notify_all()
+        for promise in promises:
+            self._keep(promise, Interrupted(f"generation {self.generation} was superseded"))
+        if self.device.type == "cuda" and self._process_group is not None:
+            with contextlib.suppress(RuntimeError):  # a communicator that is already broken
+                self._process_group.abort()
+
+    @property
+    def idle(self) -> bool:
+        """Whether no collective is unfinished, so that freeing the group joins no busy thread."""
+        return self._unfinished == 0
+
+    def free(self) -> None:
+        """Close the connections.  Peers that still wait for this rank see their collectives fail."""
+        self._process_group = None
+
+
+def _kept(promise: Future[Tensor | Exception]) -> Tensor:
+    value = promise.value()
+    if isinstance(value, Exception):
+        raise value
+    return value
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:500]
+
+
+class Graveyard:
+    """Superseded groups.  On gloo one is freed once all its collectives have ended, which may be never:
+    freeing joins the group's threads, and those may wait for a frozen peer.
+    """
+
+    def __init__(self) -> None:
+        self._groups: list[Group] = []
+
+    def bury(self, group: Group) -> None:
+        """Take a group that is out of use.  Nothing happens to it before `sweep`: after a planned cut a peer
+        may still be receiving what this rank sent last."""
+        self._groups.append(group)
+
+    def sweep(self) -> None:
+        """Abort what was buried and free what can be freed without waiting."""
+        kept = []
+        for group in self._groups:
+            if group.device.type == "cuda":  # aborting takes half a second, and frees the kernels first
+                threading.Thread(target=_dispose, args=(group,), daemon=True).start()
+                continue
+            group.abort()
+            if group.idle:
+                group.free()
+            else:
+                kept.append(group)
+        self._groups = kept
+
+    def __len__(self) -> int:
+        return len(self._groups)
+
+
+def _dispose(group: Group) -> None:
+    group.abort()
+    group.free()
+
+
+def form(
+    *,
+    generation: int,
+    rank: int,
+    world_size: int,
+    store_host: str,
+    store_port: int,
+    device: torch.device,
+    bell: Bell,
+    superseded: Callable[[], bool],
+    timeout_s: float,
+    collective_timeout_s: float,
+) -> Group:
+    """Connect to the generation's peers.
+
+    Raise Interrupted as soon as `superseded` says so (asked whenever the bell rings), CollectiveFailed if
+    a peer cannot be reached within `timeout_s`.  An abandoned attempt goes on alone until its own timeout;
+    what it makes is closed at once, so that peers who did connect notice.
+    """
+
+    def group(process_group: dist.ProcessGroup | None) -> Group:
+        return Group(
+            generation=generation,
+            rank=rank,
+            world_size=world_size,
+            device=device,
+            bell=bell,
+            process_group=process_group,
+        )
+
+    if world_size == 1:
+        return group(None)
+    outcome: list[dist.ProcessGroup | Exception] = []
+    abandoned = False
+
+    def connect() -> None:
+        result: dist.ProcessGroup | Exception
+        try:
+            store = dist.TCPStore(
+                store_host,
+                store_port,
+                is_master=False,
+                wait_for_workers=False,
+                timeout=timedelta(seconds=timeout_s),
+            )
+            prefix = dist.PrefixStore(f"generation{generation}", store)
+            result = _make(prefix, rank, world_size, device, timeout_s, collective_timeout_s)
+        except (RuntimeError, ValueError) as error:  # torch's DistError is a RuntimeError
+            result = CollectiveFailed(_first_line(error))
+        with bell:
+            if not abandoned:
+                outcome.append(result)
+                bell.notify_all()
+
+    threading.Thread(target=connect, name=f"form-{generation}", daemon=True).start()
+    with bell:
+        bell.wait_for(lambda: bool(outcome) or superseded(), timeout=timeout_s + 1.0)
+        if not outcome:
+            abandoned = True
+    if not outcome:
+        if superseded():
+            raise Interrupted(f"generation {generation} was superseded while it formed")
+        raise CollectiveFailed(f"generation {generation}: no answer from a peer within {timeout_s:g} s")
+    result = outcome[0]
+    if isinstance(result, Exception):
+        raise CollectiveFailed(f"generation {generation}: {result}")
+    return group(result)
