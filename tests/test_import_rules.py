@@ -13,10 +13,34 @@ import pytest
 ROOT = Path(__file__).parent.parent
 OURS = ("coordinator", "agent", "protos", "trainer", "bench", "tests")
 CORE_MAY_IMPORT = frozenset(
-    "__future__ base64 bisect collections dataclasses enum functools hashlib heapq hmac itertools json math operator re types typing".split()
+    [
+        "__future__",
+        "base64",
+        "bisect",
+        "collections",
+        "dataclasses",
+        "enum",
+        "functools",
+        "hashlib",
+        "heapq",
+        "hmac",
+        "itertools",
+        "json",
+        "math",
+        "operator",
+        "re",
+        "types",
+        "typing",
+    ]
 )
 TORCH_FILES_OF_AGENT = frozenset({"rendezvous.py", "elastic.py", "probe.py"})
-ADMIN_MAY_IMPORT_OF_OURS = ("coordinator.admin", "coordinator.jobfile", "coordinator.core", "protos", "trainer.config")
+ADMIN_MAY_IMPORT_OF_OURS = (
+    "coordinator.admin",
+    "coordinator.jobfile",
+    "coordinator.core",
+    "protos",
+    "trainer.config",
+)
 
 
 def imports(path: Path) -> Iterator[str]:
@@ -35,7 +59,9 @@ def within(module: str, *packages: str) -> bool:
 
 
 def sources(*folders: str) -> list[Path]:
-    return sorted(path for folder in folders for path in (ROOT / folder).rglob("*.py") if "_pb2" not in path.name)
+    return sorted(
+        path for folder in folders for path in (ROOT / folder).rglob("*.py") if "_pb2" not in path.name
+    )
 
 
 @pytest.mark.parametrize("path", sources("coordinator/core"), ids=str)
@@ -85,7 +111,10 @@ def test_trainer_never_imports_grpc_agent_coordinator_or_pickle(path: Path) -> N
 @pytest.mark.parametrize("path", sources("coordinator", "agent", "trainer", "protos"), ids=str)
 def test_nothing_can_unpickle(path: Path) -> None:
     for module in imports(path):
-        assert not within(module, "pickle", "cPickle", "dill", "cloudpickle", "shelve", "marshal"), (path, module)
+        assert not within(module, "pickle", "cPickle", "dill", "cloudpickle", "shelve", "marshal"), (
+            path,
+            module,
+        )
     tree = ast.parse(path.read_text(encoding="utf-8"))
     for node in ast.walk(tree):
         if isinstance(node, ast.Call) and ast.unparse(node.func) == "torch.load":

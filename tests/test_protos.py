@@ -19,8 +19,17 @@ PROTOS = ("protos/agent.proto", "protos/admin.proto")
 def test_generated_code_is_not_stale(tmp_path: Path) -> None:
     (tmp_path / "protos").mkdir()
     subprocess.run(
-        [sys.executable, "-m", "grpc_tools.protoc", "-I", str(ROOT), f"--python_out={tmp_path}", f"--pyi_out={tmp_path}"]
-        + [f"--grpc_python_out={tmp_path}", *(str(ROOT / name) for name in PROTOS)],
+        [
+            sys.executable,
+            "-m",
+            "grpc_tools.protoc",
+            "-I",
+            str(ROOT),
+            f"--python_out={tmp_path}",
+            f"--pyi_out={tmp_path}",
+            f"--grpc_python_out={tmp_path}",
+            *(str(ROOT / name) for name in PROTOS),
+        ],
         check=True,
         cwd=ROOT,
     )
@@ -36,7 +45,9 @@ def test_every_field_and_refusal_has_a_sentence(name: str) -> None:
     previous = ""
     for number, line in enumerate((ROOT / name).read_text().splitlines(), 1):
         if re.match(r"\s+(repeated |map<|[\w.]+ )?[\w<>, .]*\w+ = \d+;", line):
-            assert "//" in line or "/*" in line or previous.strip().startswith("//"), f"{name}:{number}: {line}"
+            assert "//" in line or "/*" in line or previous.strip().startswith("//"), (
+                f"{name}:{number}: {line}"
+            )
         previous = line
 
 

@@ -121,8 +121,18 @@ class Fleet:
         token = self.admin().CreateToken(admin_pb2.CreateTokenRequest(ttl_s=3600, uses=1), timeout=10).token
         with (self.root / f"{name}.log").open("ab") as log:
             process = subprocess.Popen(
-                [BIN / "muster-agent", "join", "--token", token, "--home", home, "--name", name, *arguments]
-                + [self.addresses["enroll"]],
+                [
+                    BIN / "muster-agent",
+                    "join",
+                    "--token",
+                    token,
+                    "--home",
+                    home,
+                    "--name",
+                    name,
+                    *arguments,
+                    self.addresses["enroll"],
+                ],
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 env=environment(),

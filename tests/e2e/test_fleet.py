@@ -21,12 +21,6 @@ Config = Callable[..., dict[str, Any]]
 STEPS = 150
 
 
-@pytest.fixture(scope="module")
-def undisturbed() -> dict[str, list[agent_pb2.StepRecord]]:
-    """Step logs of undisturbed runs, by world size; filled by the test of world sizes."""
-    return {}
-
-
 def whole_log(fleet: Fleet, job: str, config: dict[str, Any], dataset: Path) -> list[agent_pb2.StepRecord]:
     """Wait for the job's end; check that it completed and that its log is exact."""
     view = fleet.wait_end(job)
