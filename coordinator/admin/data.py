@@ -31,7 +31,9 @@ def prepare(ctx: click.Context, *, output: Output, arguments: tuple[str, ...]) -
     """
     command = [sys.executable, "-m", "trainer.prepare", *arguments]
     # With -o json this command's standard output is the summary's alone.
-    done = subprocess.run(command, stdout=sys.stderr.fileno() if output.json else None, check=False)
+    done = subprocess.run(command, stdout=subprocess.PIPE if output.json else None, text=True, check=False)
+    if done.stdout:
+        click.echo(done.stdout, err=True, nl=False)
     if done.returncode:
         ctx.exit(done.returncode if done.returncode in (1, 2) else 1)
     if output.json and not {"-h", "--help"} & set(arguments):

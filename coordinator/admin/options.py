@@ -45,11 +45,16 @@ def with_output(function: Callable[..., R]) -> Callable[..., R]:
     """Add `-o`; the function gets `output`, an Output."""
 
     @click.option(
-        "-o", "--output", "form", type=click.Choice(["table", "json"]), default="table", help="What to print."
+        "-o",
+        "--output",
+        "output_form",
+        type=click.Choice(["table", "json"]),
+        default="table",
+        help="What to print.",
     )
     @functools.wraps(function)
-    def run(*args: Any, form: str, **named: Any) -> R:
-        return function(*args, output=Output(json=form == "json"), **named)
+    def run(*args: Any, output_form: str, **named: Any) -> R:
+        return function(*args, output=Output(json=output_form == "json"), **named)
 
     return run
 
