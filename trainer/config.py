@@ -175,13 +175,13 @@ class CheckpointSettings(_Section):
     every_steps: int = Field(default=100, ge=1)
     shard_bytes: Bytes = Field(default=64 * 2**20, ge=64 * 2**10, le=2**30)
     dir: str
-    keep: int = Field(default=3, ge=1)
+    keep: int = Field(default=3, ge=1, le=1000)
 
 
 class TrainingConfig(_Section):
     """A whole job as the trainer sees it."""
 
-    name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,62}$")
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
     data: DataSettings
     model: ModelSettings
     train: TrainSettings
@@ -332,7 +332,7 @@ def _line(details: ErrorDetails) -> str:
 def _allowed(path: str) -> str:
     match path:
         case "name":
-            return "1 to 63 of a-z, 0-9, '.', '_' and '-', beginning with a letter or digit"
+            return "1 to 64 of a-z, A-Z, 0-9, '.', '_' and '-', beginning with a letter or digit"
         case "data":
             return 'a mapping with `path`, or with `text` (for example text: "@python") and `tokenizer`'
         case "data.tokenizer":
