@@ -1,0 +1,398 @@
+"""The coordinator's memory on disk: one SQLite file that holds the records in order, snapshots of the
+state, and the step log.
+
+What `commit` has returned for survives the loss of power.  Knows SQLite and the shapes of rows; does
+not know what a record means: the loop hands in text and takes text out.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+import threading
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, Self
+
+APPLICATION_ID = 0x4D535452  # "MSTR"
+SNAPSHOTS_KEPT = 2
+PAGE_ROWS = 500
+
+
+class JournalError(Exception):
+    """The journal cannot be used; the message names the file, what was found and what to do."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RecordRow:
+    at_ms: int
+    kind: str
+    job_id: str  # "" if the record is not about a job
+    body: str  # JSON
+    text: str  # one line for people
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoredRecord:
+    sequence: int
+    at_ms: int
+    kind: str
+    job_id: str
+    body: str
+    text: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepRow:
+    """One committed step; NaN is kept as None, which SQLite does anyway."""
+
+    job_id: str
+    step: int
+    loss: float | None
+    slices: int
+    data_digest: int  # 0 .. 2^64 - 1
+    tokens: float
+    lr: float
+    grad_norm: float | None
+    skipped: bool
+    generation: int
+    duration_s: float
+    at_ms: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EvaluationRow:
+    job_id: str
+    step: int
+    loss: float | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rollback:
+    """Forget this job's steps and evaluations after `to_step`."""
+
+    job_id: str
+    to_step: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Entry:
+    """What one event leaves behind, written in this order."""
+
+    records: tuple[RecordRow, ...] = ()
+    steps: tuple[StepRow, ...] = ()
+    evaluations: tuple[EvaluationRow, ...] = ()
+    rollbacks: tuple[Rollback, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Snapshot:
+    sequence: int  # of the last record it contains
+    body: str
+
+
+MIGRATIONS: tuple[str, ...] = (
+    # version 1
+    """
+    CREATE TABLE records (
+        sequence INTEGER PRIMARY KEY,
+        at_ms INTEGER NOT NULL,
+        kind TEXT NOT NULL,
+        job_id TEXT NOT NULL,
+        body TEXT NOT NULL,
+        text TEXT NOT NULL,
+        crc INTEGER NOT NULL
+    );
+    CREATE INDEX records_by_job ON records (job_id, sequence);
+    CREATE INDEX records_by_kind ON records (kind, sequence);
+    CREATE TABLE snapshots (
+        sequence INTEGER PRIMARY KEY,
+        body TEXT NOT NULL,
+        crc INTEGER NOT NULL
+    );
+    CREATE TABLE steps (
+        job_id TEXT NOT NULL,
+        step INTEGER NOT NULL,
+        loss REAL,
+        slices INTEGER NOT NULL,
+        data_digest INTEGER NOT NULL,
+        tokens REAL NOT NULL,
+        lr REAL NOT NULL,
+        grad_norm REAL,
+        skipped INTEGER NOT NULL,
+        generation INTEGER NOT NULL,
+        duration_s REAL NOT NULL,
+        at_ms INTEGER NOT NULL,
+        PRIMARY KEY (job_id, step)
+    ) WITHOUT ROWID;
+    CREATE TABLE evaluations (
+        job_id TEXT NOT NULL,
+        step INTEGER NOT NULL,
+        loss REAL,
+        PRIMARY KEY (job_id, step)
+    ) WITHOUT ROWID;
+    """,
+)
+"""Each brings the schema from its index to its index plus one; never edited once released."""
+
+_STEP_COLUMNS = ", ".join(field.name for field in fields(StepRow))
+_STEP_MARKS = ", ".join("?" for _ in fields(StepRow))
+
+
+def _crc(text: str) -> int:
+    return zlib.crc32(text.encode())
+
+
+class Journal:
+    """One writer (any one thread at a time), and readers that see only what is committed."""
+
+    def __init__(self, path: Path) -> None:
+        """Open or create; raise JournalError for a damaged, foreign or newer file."""
+        self.path = path
+        self._lock = threading.Lock()
+        self._read_lock = threading.Lock()
+        try:
+            self._writer = self._connect()
+            try:
+                self._check()
+                self._migrate()
+                self._reader = self._connect()
+            except BaseException:
+                self._writer.close()
+                raise
+        except sqlite3.Error as error:
+            raise self._damaged(str(error)) from error
+        newest = self._writer.execute(
+            "SELECT coalesce(max(sequence), 0), coalesce(max(at_ms), 0) FROM records"
+        )
+        self._last_sequence: int
+        self._last_ms: int
+        self._last_sequence, self._last_ms = newest.fetchone()
+
+    def _connect(self) -> sqlite3.Connection:
+        connection = sqlite3.connect(self.path, check_same_thread=False, isolation_level=None)
+        try:
+            connection.execute("PRAGMA journal_mode = WAL")
+            connection.execute("PRAGMA synchronous = FULL")
+            connection.execute("PRAGMA busy_timeout = 5000")
+        except BaseException:
+            connection.close()
+            raise
+        return connection
+
+    def _damaged(self, found: str) -> JournalError:
+        return JournalError(
+            f"journal {self.path}: damaged ({found}). Stop here, keep the file for inspection, and restore the "
+            "coordinator's home from a backup; a copy of journal.db must include journal.db-wal"
+        )
+
+    def _check(self) -> None:
+        found = self._writer.execute("PRAGMA quick_check(1)").fetchone()[0]
+        if found != "ok":
+            raise self._damaged(found)
+
+    def _migrate(self) -> None:
+        version = self._writer.execute("PRAGMA user_version").fetchone()[0]
+        application = self._writer.execute("PRAGMA application_id").fetchone()[0]
+        tables = self._writer.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]
+        if application != APPLICATION_ID and (tables or application):
+            raise JournalError(
+                f"journal {self.path}: an SQLite file, but not a Muster journal; name another home"
+            )
+        if version > len(MIGRATIONS):
+            raise JournalError(
+                f"journal {self.path}: written by a newer musterd (schema {version}; this one knows up to "
+                f"{len(MIGRATIONS)}). Upgrade musterd, or restore a backup from before the upgrade"
+            )
+        for number in range(version, len(MIGRATIONS)):
+            self._writer.executescript(
+                f"BEGIN IMMEDIATE; {MIGRATIONS[number]} PRAGMA application_id = {APPLICATION_ID};"
+                f"PRAGMA user_version = {number + 1}; COMMIT;"
+            )
+
+    def close(self) -> None:
+        """Close both connections; safe to call twice."""
+        self._reader.close()
+        self._writer.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    # --------------------------------------------------------------------------- writing
+
+    @property
+    def last_sequence(self) -> int:
+        return self._last_sequence
+
+    @property
+    def last_ms(self) -> int:
+        """When the newest record was decided; the coordinator's time never goes back before it."""
+        return self._last_ms
+
+    def commit(self, entries: Sequence[Entry]) -> int:
+        """Write all of `entries` or, raising, none.  Returns the sequence number of the last record."""
+        sequence = self._last_sequence
+        at_ms = self._last_ms
+        with self._lock:
+            self._writer.execute("BEGIN IMMEDIATE")
+            try:
+                for entry in entries:
+                    for record in entry.records:
+                        sequence += 1
+                        at_ms = max(at_ms, record.at_ms)
+                        self._writer.execute(
+                            "INSERT INTO records VALUES (?, ?, ?, ?, ?, ?, ?)",
+                            (
+                                sequence,
+                                record.at_ms,
+                                record.kind,
+                                record.job_id,
+                                record.body,
+                                record.text,
+                                _crc(record.body),
+                            ),
+                        )
+                    self._write_steps(entry)
+                self._writer.execute("COMMIT")
+            except BaseException:
+                if self._writer.in_transaction:
+                    self._writer.execute("ROLLBACK")
+                raise
+        self._last_sequence = sequence
+        self._last_ms = at_ms
+        return sequence
+
+    def _write_steps(self, entry: Entry) -> None:
+        self._writer.executemany(
+            f"INSERT INTO steps ({_STEP_COLUMNS}) VALUES ({_STEP_MARKS})",  # noqa: S608 (constants)
+            [_step_values(row) for row in entry.steps],
+        )
+        self._writer.executemany(
+            "INSERT OR REPLACE INTO evaluations (job_id, step, loss) VALUES (?, ?, ?)",
+            [(row.job_id, row.step, row.loss) for row in entry.evaluations],
+        )
+        for rollback in entry.rollbacks:
+            for table in ("steps", "evaluations"):
+                self._writer.execute(
+                    f"DELETE FROM {table} WHERE job_id = ? AND step > ?",  # noqa: S608 (constants)
+                    (rollback.job_id, rollback.to_step),
+                )
+
+    def write_snapshot(self, snapshot: Snapshot) -> None:
+        """Keep the newest snapshots; the records stay, as watching resumes from them."""
+        with self._lock:
+            self._writer.execute("BEGIN IMMEDIATE")
+            try:
+                self._writer.execute(
+                    "INSERT OR REPLACE INTO snapshots VALUES (?, ?, ?)",
+                    (snapshot.sequence, snapshot.body, _crc(snapshot.body)),
+                )
+                self._writer.execute(
+                    "DELETE FROM snapshots WHERE sequence NOT IN "
+                    "(SELECT sequence FROM snapshots ORDER BY sequence DESC LIMIT ?)",
+                    (SNAPSHOTS_KEPT,),
+                )
+                self._writer.execute("COMMIT")
+            except BaseException:
+                if self._writer.in_transaction:
+                    self._writer.execute("ROLLBACK")
+                raise
+
+    # --------------------------------------------------------------------------- reading
+
+    def _read(self, statement: str, values: Sequence[Any] = ()) -> list[tuple[Any, ...]]:
+        with self._read_lock:
+            return self._reader.execute(statement, values).fetchall()
+
+    def snapshot(self, at_most: int | None = None) -> Snapshot | None:
+        """The newest undamaged snapshot, of at most this sequence number.
+
+        A damaged one is passed over: the records are all there, only the start takes longer."""
+        for sequence, body, crc in self._read(
+            "SELECT sequence, body, crc FROM snapshots ORDER BY sequence DESC"
+        ):
+            if (at_most is None or sequence <= at_most) and _crc(body) == crc:
+                return Snapshot(sequence=sequence, body=body)
+        return None
+
+    def history(self, after: int, until: int | None = None) -> Iterator[StoredRecord]:
+        """Every record after `after`, up to `until`; raise JournalError at a hole or a damaged record."""
+        expected = after + 1
+        while until is None or expected <= until:
+            rows = self._read(
+                "SELECT sequence, at_ms, kind, job_id, body, text, crc FROM records WHERE sequence >= ? "
+                "ORDER BY sequence LIMIT ?",
+                (expected, PAGE_ROWS),
+            )
+            if not rows:
+                return
+            for sequence, at_ms, kind, job_id, body, text, crc in rows:
+                if until is not None and sequence > until:
+                    return
+                if sequence != expected:
+                    raise self._damaged(f"record {expected} is missing")
+                if _crc(body) != crc:
+                    raise self._damaged(f"record {sequence} does not match its checksum")
+                expected += 1
+                yield StoredRecord(
+                    sequence=sequence, at_ms=at_ms, kind=kind, job_id=job_id, body=body, text=text
+                )
+
+    def records(
+        self, after: int, *, job_id: str = "", kind: str = "", limit: int = PAGE_ROWS
+    ) -> list[StoredRecord]:
+        """One page of records after `after`, perhaps of one job or kind only."""
+        where, values = "sequence > ?", [after]
+        for column, value in (("job_id", job_id), ("kind", kind)):
+            if value:
+                where += f" AND {column} = ?"
+                values.append(value)  # type: ignore[arg-type]
+        rows = self._read(
+            f"SELECT sequence, at_ms, kind, job_id, body, text FROM records WHERE {where} "  # noqa: S608
+            "ORDER BY sequence LIMIT ?",
+            [*values, limit],
+        )
+        return [
+            StoredRecord(sequence=row[0], at_ms=row[1], kind=row[2], job_id=row[3], body=row[4], text=row[5])
+            for row in rows
+        ]
+
+    def steps(self, job_id: str, after_step: int, limit: int = PAGE_ROWS) -> list[StepRow]:
+        """One page of a job's steps after `after_step`, in order."""
+        rows = self._read(
+            f"SELECT {_STEP_COLUMNS} FROM steps WHERE job_id = ? AND step > ? ORDER BY step LIMIT ?",  # noqa: S608
+            (job_id, after_step, limit),
+        )
+        names = [field.name for field in fields(StepRow)]
+        return [_step_row(dict(zip(names, row, strict=True))) for row in rows]
+
+    def evaluations(self, job_id: str, after_step: int, until_step: int) -> list[EvaluationRow]:
+        """A job's evaluations after `after_step` up to `until_step`, in order."""
+        rows = self._read(
+            "SELECT job_id, step, loss FROM evaluations WHERE job_id = ? AND step > ? AND step <= ? ORDER BY step",
+            (job_id, after_step, until_step),
+        )
+        return [EvaluationRow(job_id=row[0], step=row[1], loss=row[2]) for row in rows]
+
+    def latest_steps(self, job_id: str, count: int) -> list[StepRow]:
+        """A job's last `count` steps, in order."""
+        newest = self._read("SELECT max(step) FROM steps WHERE job_id = ?", (job_id,))[0][0]
+        return [] if newest is None else self.steps(job_id, newest - count, count)
+
+
+def _step_values(row: StepRow) -> tuple[object, ...]:
+    # SQLite's integers are signed: the digest is stored as the same 64 bits.
+    signed = row.data_digest - 2**64 if row.data_digest >= 2**63 else row.data_digest
+    return tuple(
+        signed if field.name == "data_digest" else getattr(row, field.name) for field in fields(StepRow)
+    )
+
+
+def _step_row(values: dict[str, Any]) -> StepRow:
+    values["data_digest"] %= 2**64
+    values["skipped"] = bool(values["skipped"])
+    return StepRow(**values)

@@ -1,0 +1,93 @@
+"""Open sessions: what waits to be written to each agent, and how a session ends."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections import deque
+
+import grpc.aio
+
+from coordinator.core.model import AgentId, SessionId
+from protos import agent_pb2
+
+WRITE_TIMEOUT_S = 10.0
+
+
+class OpenSession:
+    """One open stream.  `send` never waits; a peer that does not read is cut off."""
+
+    def __init__(self, agent_id: AgentId, session_id: SessionId, most_waiting: int) -> None:
+        self.agent_id = agent_id
+        self.session_id = session_id
+        self._most_waiting = most_waiting
+        self._waiting: deque[agent_pb2.CoordinatorMessage] = deque()
+        self._stirred = asyncio.Event()
+        self._ending = False
+        self._writer: asyncio.Task[None] | None = None
+
+    def send(self, message: agent_pb2.CoordinatorMessage) -> None:
+        """Queue a message.  After a GoAway, and after `end`, nothing more is taken."""
+        if self._ending:
+            return
+        if len(self._waiting) >= self._most_waiting:
+            self.end()
+            if self._writer is not None:
+                self._writer.cancel()
+            return
+        self._waiting.append(message)
+        if message.WhichOneof("body") == "go_away":
+            self._ending = True
+        self._stirred.set()
+
+    def end(self) -> None:
+        """Write what waits, then end the stream."""
+        self._ending = True
+        self._stirred.set()
+
+    def write_to(self, context: grpc.aio.ServicerContext) -> asyncio.Task[None]:
+        """Start to write.  The task ends with the session, and when the peer does not take what is written."""
+        self._writer = asyncio.create_task(
+            self._write(context), name=f"session {self.session_id} of {self.agent_id}"
+        )
+        return self._writer
+
+    async def _write(self, context: grpc.aio.ServicerContext) -> None:
+        with contextlib.suppress(TimeoutError):
+            while True:
+                while self._waiting:
+                    message = self._waiting.popleft()
+                    async with asyncio.timeout(WRITE_TIMEOUT_S):
+                        await context.write(message)
+                if self._ending:
+                    return
+                self._stirred.clear()
+                await self._stirred.wait()
+
+
+class Sessions:
+    """The open session of each agent."""
+
+    def __init__(self) -> None:
+        self._by_agent: dict[AgentId, OpenSession] = {}
+
+    def open(self, session: OpenSession) -> None:
+        """Make this the agent's session; one before it ends."""
+        before = self._by_agent.get(session.agent_id)
+        self._by_agent[session.agent_id] = session
+        if before is not None:
+            before.end()
+
+    def close(self, session: OpenSession) -> None:
+        if self._by_agent.get(session.agent_id) is session:
+            del self._by_agent[session.agent_id]
+
+    def of(self, agent_id: AgentId) -> OpenSession | None:
+        return self._by_agent.get(agent_id)
+
+    def __len__(self) -> int:
+        return len(self._by_agent)
+
+    def send_all(self, message: agent_pb2.CoordinatorMessage) -> None:
+        for session in list(self._by_agent.values()):
+            session.send(message)

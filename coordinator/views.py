@@ -1,0 +1,241 @@
+"""What people and scripts see: jobs, agents, tokens and checkpoints as JSON objects.
+
+Keys are only ever added to; docs/cli.md has the list.  Times are Unix milliseconds (`…_unix_ms`) by the
+coordinator's clock.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from coordinator.core.forming import why
+from coordinator.core.matching import unmet
+from coordinator.core.model import (
+    ENDED,
+    Agent,
+    Checkpoint,
+    Generation,
+    Job,
+    NotYet,
+    PendingCheckpoint,
+    Standing,
+    State,
+    Token,
+    Why,
+)
+from coordinator.journal import StepRow
+
+View = dict[str, Any]
+
+
+def dump(view: View) -> str:
+    return json.dumps(view, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+
+
+def job(state: State, one: Job, latest: Mapping[str, StepRow]) -> View:
+    """One job."""
+    spec = one.spec
+    newest = one.checkpoints[-1] if one.checkpoints else None
+    members = () if one.generation is None else one.generation.members
+    step = latest.get(one.job_id)
+    serving = [state.agents[member.agent_id] for member in members if member.agent_id in state.agents]
+    member_ids = {member.agent_id for member in members}
+    return {
+        "id": one.job_id,
+        "name": spec.name,
+        "phase": one.phase.value,
+        "why": one.phase_why.value,
+        "detail": one.phase_detail,
+        "phase_since_unix_ms": one.phase_since_ms,
+        "submitted_unix_ms": one.submitted_ms,
+        "waiting": None if one.phase in ENDED else _waiting(why(state, one.job_id)),
+        "launch": spec.launch,
+        "priority": spec.priority,
+        "min_nodes": spec.min_nodes,
+        "max_nodes": spec.max_nodes,
+        "generation": None if one.generation is None else _generation(state, one.generation),
+        "assigned": [_who(state, agent_id) for agent_id in one.assigned],
+        "standbys": [_who(state, agent_id) for agent_id in one.assigned if agent_id not in member_ids],
+        "committed_step": one.committed_step,
+        "steps_total": _steps_total(spec.spec_json),
+        "loss": None if step is None else step.loss,
+        "step_seconds": None if step is None else step.duration_s,
+        "tokens_per_s": round(sum(agent.tokens_per_s for agent in serving), 1),
+        "total_tokens": one.total_tokens,
+        "failures": one.failures,
+        "max_failures": spec.max_failures,
+        "last_failure": one.last_failure,
+        "checkpoints": len(one.checkpoints),
+        "newest_checkpoint_step": None if newest is None else newest.step,
+        "pending_checkpoints": [_pending(pending) for pending in one.pending],
+        "dataset": json.loads(spec.dataset_json).get("name") if spec.dataset_json else None,
+    }
+
+
+def _steps_total(spec_json: str) -> int | None:
+    train = json.loads(spec_json).get("train")
+    steps = train.get("steps") if isinstance(train, dict) else None
+    return steps if isinstance(steps, int) else None
+
+
+def _who(state: State, agent_id: str) -> View:
+    found = state.agents.get(agent_id)  # type: ignore[call-overload]
+    ready = found is not None and found.readiness is not None
+    return {"agent": agent_id, "name": agent_id if found is None else found.name, "ready": ready}
+
+
+def _generation(state: State, generation: Generation) -> View:
+    return {
+        "number": generation.number,
+        "world_size": generation.world_size,
+        "reason": generation.why.value,
+        "cut": generation.cut.value,
+        "since_unix_ms": generation.planned_ms,
+        "formed_unix_ms": generation.formed_ms,
+        "from_checkpoint_step": generation.from_checkpoint_step,
+        "members": [
+            {
+                "agent": member.agent_id,
+                "name": _who(state, member.agent_id)["name"],
+                "group_rank": member.group_rank,
+                "first_rank": member.first_rank,
+                "worker_count": member.worker_count,
+                "host": member.host,
+                "formed": member.agent_id in generation.formed,
+                "finished": member.agent_id in generation.finished,
+            }
+            for member in generation.members
+        ],
+    }
+
+
+def _pending(pending: PendingCheckpoint) -> View:
+    return {"step": pending.step, "shards": len(pending.shards), "of": pending.count}
+
+
+def _waiting(not_yet: NotYet) -> View | None:
+    if not_yet.why is Why.NOTHING_TO_DO:
+        return None
+    return {
+        "why": not_yet.why.value,
+        "have": not_yet.have,
+        "need": not_yet.need,
+        "until_unix_ms": not_yet.until_ms,
+        "text": waiting_text(not_yet),
+    }
+
+
+def waiting_text(not_yet: NotYet) -> str:
+    """One line for people: what a job waits for."""
+    have, need = not_yet.have, not_yet.need
+    match not_yet.why:
+        case Why.NO_AGENT:
+            return (
+                "no agent serves the job: none is free that meets its requirements (see `muster agent list`)"
+            )
+        case Why.BELOW_MIN:
+            return f"{have} of the {need} agents that it needs at least are there"
+        case Why.PREPARING:
+            return f"{have} of {need} agents are ready; the others prepare"
+        case Why.LAST_CALL:
+            return f"{have} of {need} agents are ready; it waits a little for more"
+        case Why.MIN_GENERATION:
+            return "an agent is ready to join; the generation is too young to be cut"
+        case Why.FORMING:
+            return f"{have} of {need} members have formed the generation"
+        case other:
+            return str(other.value).replace("_", " ")
+
+
+def agent(state: State, one: Agent, now_ms: int) -> View:
+    """One agent."""
+    facts = one.facts
+    serving = None if one.job_id is None else state.jobs.get(one.job_id)
+    live = [each for each in state.jobs.values() if each.phase not in ENDED]
+    return {
+        "id": one.agent_id,
+        "name": one.name,
+        "presence": one.presence.value,
+        "presence_since_unix_ms": one.presence_since_ms,
+        "connected": one.session_id is not None,
+        "standing": one.standing.value,
+        "standing_why": None if one.standing_why is None else one.standing_why.value,
+        "standing_detail": one.standing_detail,
+        "quarantined_until_unix_ms": one.quarantined_until_ms
+        if one.standing is Standing.QUARANTINED
+        else None,
+        "draining": one.draining,
+        "drain_reason": one.drain_reason,
+        "job": one.job_id,
+        "job_name": None if serving is None else serving.spec.name,
+        "member": serving is not None
+        and serving.generation is not None
+        and one.agent_id in {member.agent_id for member in serving.generation.members},
+        "ready": one.readiness is not None,
+        "admitted_unix_ms": one.admitted_ms,
+        "step": one.step,
+        "activity": one.activity,
+        "tokens_per_s": round(one.tokens_per_s, 1),
+        "disk_free_bytes": one.disk_free_bytes or facts.disk_free_bytes,
+        "lease_left_ms": max(0, one.lease_until_ms - now_ms),
+        "strikes": one.strikes,
+        "torchrun_job": one.torchrun_job or None,
+        "unmet": {each.spec.name: missing for each in live if (missing := list(unmet(each.spec, one)))},
+        "facts": {
+            "gpus": [
+                {
+                    "index": gpu.index,
+                    "name": gpu.name,
+                    "memory_bytes": gpu.memory_bytes,
+                    "capability": f"{gpu.capability[0]}.{gpu.capability[1]}",
+                }
+                for gpu in facts.gpus
+            ],
+            "driver_version": facts.driver_version,
+            "torch_version": facts.torch_version,
+            "backends": list(facts.backends),
+            "cpu_count": facts.cpu_count,
+            "memory_bytes": facts.memory_bytes,
+            "hostname": facts.hostname,
+            "advertise_host": facts.advertise_host,
+            "muster_version": facts.muster_version,
+            "labels": dict(facts.labels),
+            "worker_count": facts.worker_count,
+        },
+    }
+
+
+def token(one: Token, now_ms: int) -> View:
+    """One join token; its secret is known to nobody here."""
+    if one.revoked:
+        standing = "revoked"
+    elif one.expires_ms <= now_ms:
+        standing = "expired"
+    else:
+        standing = "usable" if one.uses_left > 0 else "exhausted"
+    return {
+        "id": one.token_id,
+        "note": one.note,
+        "standing": standing,
+        "uses_left": one.uses_left,
+        "created_unix_ms": one.created_ms,
+        "expires_unix_ms": one.expires_ms,
+    }
+
+
+def checkpoint(one: Job, found: Checkpoint) -> View:
+    """One committed checkpoint."""
+    return {
+        "job": one.job_id,
+        "job_name": one.spec.name,
+        "step": found.step,
+        "generation": found.generation,
+        "bytes": found.bytes,
+        "shards": len(json.loads(found.manifest_json)["shards"]),
+        "manifest_digest": found.manifest_digest,
+        "state_digest": found.state_digest,
+        "committed_unix_ms": found.committed_ms,
+        "damaged": found.damaged or None,
+    }
