@@ -184,7 +184,7 @@ def enroll_channel(authority_pem: bytes, address: str) -> grpc.Channel:
     )
 
 
-_CODES = {
+_CODES: dict[int, int] = {
     agent_pb2.REFUSAL_PROTOCOL_VERSION: code_pb2.FAILED_PRECONDITION,
     agent_pb2.REFUSAL_TOKEN_MALFORMED: code_pb2.INVALID_ARGUMENT,
     agent_pb2.REFUSAL_TOKEN_UNKNOWN: code_pb2.UNAUTHENTICATED,
