@@ -52,7 +52,29 @@ def show(*, coordinator: Coordinator, output: Output, agent_ref: str) -> None:
     from protos import admin_pb2
 
     view = coordinator.view(coordinator.stub.GetAgent, admin_pb2.AgentRef(agent=agent_ref))
-    output.view(view)
+    output.view(
+        view,
+        [
+            ("agent", view.get("id")),
+            ("name", view.get("name")),
+            ("presence", view.get("presence")),
+            ("standing", standing(view)),
+            ("strikes", view.get("strikes")),
+            ("job", view.get("job_name") or view.get("job")),
+            ("unmet", view.get("unmet")),
+            ("step", view.get("step")),
+            ("activity", view.get("activity")),
+            ("tokens/s", number(view.get("tokens_per_s"), ",.0f")),
+            ("gpus", _gpus(view)),
+            ("disk free", size(view.get("disk_free_bytes"))),
+            ("admitted", moment(view.get("admitted_unix_ms"))),
+            *(
+                (title.replace("_", " "), fact)
+                for title, fact in (view.get("facts") or {}).items()
+                if title != "gpus"
+            ),
+        ],
+    )
 
 
 @agent.command()
@@ -100,8 +122,8 @@ def ban(*, coordinator: Coordinator, output: Output, agent_ref: str, reason: str
 def standing(view: View) -> str:
     """May it train: standing, until when and why, and whether it is draining."""
     text = str(view.get("standing") or "")
-    if view.get("quarantined_until_ms"):
-        text += f" until {moment(view['quarantined_until_ms'])}"
+    if view.get("quarantined_until_unix_ms"):
+        text += f" until {moment(view['quarantined_until_unix_ms'])}"
     detail = view.get("standing_detail") or view.get("standing_why")
     if detail and text != "eligible":
         text += f" ({detail})"
@@ -127,6 +149,6 @@ def _command(
 
 
 def _gpus(view: View) -> str:
-    gpus = view.get("gpus") or (view.get("facts") or {}).get("gpus") or []
+    gpus = (view.get("facts") or {}).get("gpus") or []
     names = [str(gpu.get("name", "?")) for gpu in gpus]
     return ", ".join(f"{names.count(name)}x {name}" for name in dict.fromkeys(names)) or "cpu"

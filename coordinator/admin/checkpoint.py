@@ -65,7 +65,7 @@ def list_checkpoints(*, coordinator: Coordinator, output: Output, job_ref: str) 
         Column(title="GENERATION", value=lambda view: view.get("generation"), right=True),
         Column(title="SHARDS", value=lambda view: view.get("shards"), right=True),
         Column(title="SIZE", value=lambda view: size(view.get("bytes")), right=True),
-        Column(title="COMMITTED", value=lambda view: moment(view.get("committed_ms"))),
+        Column(title="COMMITTED", value=lambda view: moment(view.get("committed_unix_ms"))),
         Column(title="STATE", value=lambda view: str(view.get("state_digest") or "")[:12]),
         Column(title="DAMAGED", value=lambda view: view.get("damaged")),
     )
@@ -204,7 +204,7 @@ def _tokenizer(coordinator: Coordinator, job_id: str, directory: Path) -> str | 
     """The tokenizer of the job's dataset: "byte", or its file, downloaded to `directory`."""
     from coordinator.admin.job import get_job
 
-    tokenizer = (get_job(coordinator, job_id).get("dataset") or {}).get("tokenizer") or {}
+    tokenizer = get_job(coordinator, job_id).get("tokenizer") or {}
     digest = tokenizer.get("digest")
     if not digest:
         return tokenizer.get("kind")
@@ -246,9 +246,8 @@ def _manifest_problem(manifest: Mapping[str, Any]) -> str:
     return ""
 
 
-def _damage(view: dict[str, Any]) -> str:
-    if view.get("damaged"):
-        return str(view["damaged"])
-    if view.get("ok") is False or view.get("verified") is False:
-        return str(view.get("detail") or "a shard is damaged")
-    return ""
+def _damage(view: Mapping[str, Any]) -> str:
+    problems = [f"shard {found.get('index')}: {found.get('problem')}" for found in view.get("problems") or ()]
+    if not problems and view.get("sound") is False:
+        problems = [str(view.get("damaged") or "a shard is damaged")]
+    return "; ".join(problems)

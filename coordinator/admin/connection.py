@@ -42,7 +42,7 @@ class Coordinator:
         self.address = address
         self._identity_path = identity_path
         self._channel = wire.channel(identity, address)
-        self.stub: Any = admin_pb2_grpc.AdminServiceStub(self._channel)  # type: ignore[no-untyped-call]
+        self.stub: Any = admin_pb2_grpc.AdminServiceStub(self._channel)
 
     @staticmethod
     def open(identity_path: Path | None = None, address: str | None = None) -> Coordinator:

@@ -84,8 +84,8 @@ def list_tokens(*, coordinator: Coordinator, output: Output, dead_too: bool) -> 
     columns = (
         Column(title="TOKEN", value=lambda view: view.get("id")),
         Column(title="USES LEFT", value=lambda view: view.get("uses_left"), right=True),
-        Column(title="EXPIRES", value=lambda view: moment(view.get("expires_ms"))),
-        Column(title="REVOKED", value=lambda view: view.get("revoked")),
+        Column(title="EXPIRES", value=lambda view: moment(view.get("expires_unix_ms"))),
+        Column(title="STANDING", value=lambda view: view.get("standing")),
         Column(title="NOTE", value=lambda view: view.get("note")),
     )
     output.views(views, columns, "no tokens; make one with `muster token create`")

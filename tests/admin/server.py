@@ -120,8 +120,10 @@ class Service(admin_pb2_grpc.AdminServiceServicer):
             for s in manifest["shards"]
             if hashlib.sha256(self.blobs[s["digest"]]).hexdigest() != s["digest"]
         ]
-        damaged = f"shard {bad[0]['index']} is damaged" if bad else ""
-        return admin_pb2.View(json=json.dumps({"step": manifest["step"], "damaged": damaged}))
+        problems = [{"index": s["index"], "digest": s["digest"], "problem": "is damaged"} for s in bad]
+        return admin_pb2.View(
+            json=json.dumps({"step": manifest["step"], "sound": not bad, "problems": problems})
+        )
 
     def _stream(self, messages: list[Any], after: int, key: Any, follow: bool, context: Any) -> Iterator[Any]:
         for message in messages:

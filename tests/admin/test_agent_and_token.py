@@ -10,7 +10,7 @@ from tests.admin.server import Served
 
 AGENT = {
     "id": "ag123456", "name": "lab", "presence": "ready", "standing": "quarantined", "standing_detail": "flapping",
-    "draining": True, "step": 7, "disk_free_bytes": 3 * 2**30, "gpus": [{"name": "H200"}, {"name": "H200"}],
+    "draining": True, "step": 7, "disk_free_bytes": 3 * 2**30, "facts": {"gpus": [{"name": "H200"}, {"name": "H200"}], "cpu_count": 8},
 }  # fmt: skip
 
 

@@ -52,7 +52,7 @@ def stored(served: Served, checkpoint: Path) -> Path:
         "id": JOB,
         "name": "t",
         "phase": "COMPLETED",
-        "dataset": {"tokenizer": tokenizer},
+        "tokenizer": tokenizer,
     }
     return checkpoint
 
@@ -68,7 +68,7 @@ def test_verify_fails_for_a_damaged_shard(muster, served: Served, stored: Path) 
     served.service.blobs[digest] = b"\0" + served.service.blobs[digest][1:]
     result = muster("checkpoint", "verify", f"{JOB}@2", "-o", "json")
     assert result.exit_code == 1
-    assert "is damaged" in json.loads(result.stdout)["damaged"]
+    assert json.loads(result.stdout)["problems"][0]["problem"] == "is damaged"
     assert "is damaged" in result.stderr
 
 
