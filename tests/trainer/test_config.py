@@ -54,9 +54,9 @@ def test_a_parsed_job_survives_json() -> None:
 
 
 def test_sections_of_the_coordinator_are_passed_over() -> None:
-    assert parse_config(job(elastic={"min_nodes": 2}, requires={}, priority=3, launch="muster")) == parse_config(
-        job()
-    )
+    assert parse_config(
+        job(elastic={"min_nodes": 2}, requires={}, priority=3, launch="muster")
+    ) == parse_config(job())
 
 
 def test_an_unknown_key_is_refused_with_path_value_and_nearest_key() -> None:
@@ -69,7 +69,9 @@ def test_an_unknown_key_is_refused_with_path_value_and_nearest_key() -> None:
 
 
 def test_each_problem_has_its_own_line() -> None:
-    lines = problems({"name": "a b", "data": {"text": "x"}, "train": {"steps": 0, "compile": 1, "lr": "fast"}})
+    lines = problems(
+        {"name": "a b", "data": {"text": "x"}, "train": {"steps": 0, "compile": 1, "lr": "fast"}}
+    )
     assert [line.split(":")[0] for line in lines] == ["name", "train.steps", "train.lr", "train.compile"]
     assert all("found" in line and "allowed" in line for line in lines)
 
@@ -88,7 +90,10 @@ def test_each_problem_has_its_own_line() -> None:
         ({"data": {}}, "exactly one of `path`"),
         ({"data": {"path": "a", "text": "b"}}, "exactly one of `path`"),
         ({"data": {"path": "a", "tokenizer": "bpe:300"}}, "a prepared directory brings its own"),
-        ({"data": {"text": "a", "tokenizer": "words"}}, "data.tokenizer: found 'words'; allowed: byte, bpe:N"),
+        (
+            {"data": {"text": "a", "tokenizer": "words"}},
+            "data.tokenizer: found 'words'; allowed: byte, bpe:N",
+        ),
         ({"checkpoint": {"shard_bytes": "1KiB"}}, "checkpoint.shard_bytes"),
         ({"train": 5}, "train: found 5; allowed: a mapping"),
     ],
