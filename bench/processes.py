@@ -16,6 +16,7 @@ import subprocess
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Self
 
 import psutil
 
@@ -78,16 +79,18 @@ class Park:
             for process in found:
                 with contextlib.suppress(psutil.Error):
                     process.kill()
-            psutil.wait_procs(found, timeout=2)
+            for started in self._started:
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    started.wait(timeout=1)
+            time.sleep(0.01)
         for started in self._started:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                started.wait(timeout=5)
+            started.poll()
         if left := self.marked():
             raise RuntimeError(
                 f"processes {[p.pid for p in left]} survived SIGKILL; they are stuck in the kernel"
             )
 
-    def __enter__(self) -> Park:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -44,20 +44,18 @@ class Sample:
     note: str = ""
 
 
-def rolled_back(commits: Sequence[Commit]) -> int:
-    """Committed steps that were computed again: what each world's first step takes back of the last
-    step committed before it."""
-    first_of: dict[int, Commit] = {}
-    for commit in commits:
-        known = first_of.get(commit.generation)
-        if known is None or commit.step < known.step:
-            first_of[commit.generation] = commit
-    lost = 0
-    for generation, first in first_of.items():
-        before = [c.step for c in commits if c.generation != generation and c.t_ns < first.t_ns]
-        if before:
-            lost += max(0, max(before) + 1 - first.step)
-    return lost
+def rolled_back(commits: Iterable[Commit], who: Callable[[Commit], int | None]) -> int:
+    """Committed steps that had to be computed again: by how many a member's step number fell back,
+    of all members that `who` names the one that lost most."""
+    newest: dict[int, int] = {}
+    lost: dict[int, int] = {}
+    for commit in sorted(commits, key=lambda c: c.t_ns):
+        member = who(commit)
+        if member is None:
+            continue
+        lost[member] = lost.get(member, 0) + max(0, newest.get(member, 0) + 1 - commit.step)
+        newest[member] = commit.step
+    return max(lost.values(), default=0)
 
 
 def gaps_s(commits: Iterable[Commit], who: Callable[[Commit], int | None]) -> list[float]:
@@ -83,11 +81,18 @@ def _first_steps(
     def done(fresh: Iterable[Commit]) -> bool:
         for commit in fresh:
             member = fleet.owner(commit)
-            if member in survivors and commit.generation != old_generation and commit.t_ns > since_ns:
+            if member is None or member not in survivors:
+                continue
+            if commit.generation != old_generation and commit.t_ns > since_ns:
                 first.setdefault(member, commit.t_ns)
         return len(first) == len(survivors)
 
     return first if fleet.trace.wait(done, fleet.limit_s, start=start, alive=fleet.alive) else None
+
+
+def _around(fleet: Fleet, old_generation: int, since_ns: int) -> list[Commit]:
+    """The commits of the world that an event met, and everything after the event."""
+    return [c for c in fleet.trace.commits() if c.generation == old_generation or c.t_ns > since_ns]
 
 
 def _missed(fleet: Fleet, since_ns: int) -> Sample:
@@ -119,7 +124,7 @@ def _strike(
         if first is None
         else Sample(
             recovery_s=(max(first.values()) - since_ns) / 1e9,
-            steps_lost=rolled_back(fleet.trace.commits(max(0, start - 100))),
+            steps_lost=rolled_back(_around(fleet, newest.generation, since_ns), fleet.owner),
         )
     )
     if not (spares_agent and fleet.has_agents):
@@ -130,7 +135,9 @@ def _strike(
 
 def kill_worker(fleet: Fleet, rank: int, rng: random.Random) -> Sample:
     """SIGKILL one training process."""
-    return _strike(fleet, rank, rng, lambda member: send(fleet.worker(member), signal.SIGKILL), spares_agent=True)
+    return _strike(
+        fleet, rank, rng, lambda member: send(fleet.worker(member), signal.SIGKILL), spares_agent=True
+    )
 
 
 def kill_agent(fleet: Fleet, rank: int, rng: random.Random) -> Sample:
@@ -170,7 +177,7 @@ def join(fleet: Fleet, _rank: int, _rng: random.Random) -> Sample:
 
     if not fleet.trace.wait(done, fleet.start_limit_s, start=start, alive=fleet.alive):
         return _missed(fleet, since_ns)
-    commits = fleet.trace.commits(max(0, start - 100))
+    commits = _around(fleet, newest.generation, since_ns)
     pauses = []
     for member in survivors:
         before = [
@@ -181,7 +188,7 @@ def join(fleet: Fleet, _rank: int, _rng: random.Random) -> Sample:
         pauses.append((entered[member] - max(before)) / 1e9)
     return Sample(
         recovery_s=max(pauses),
-        steps_lost=rolled_back(commits),
+        steps_lost=rolled_back(commits, fleet.owner),
         joined_s=(entered[newcomer] - since_ns) / 1e9,
     )
 
@@ -210,7 +217,7 @@ def coordinator_restart(fleet: Fleet, _rank: int, _rng: random.Random) -> Sample
     pause_s = max(gaps_s(after, fleet.owner)) - statistics.median(gaps_s(before, fleet.owner))
     return Sample(
         recovery_s=max(0.0, pause_s),
-        steps_lost=rolled_back(before + after),
+        steps_lost=rolled_back(after, fleet.owner),
         note=f"{restarted} workers restarted" if restarted else "",
     )
 
@@ -306,10 +313,11 @@ def measure(
                 if len(last) == GIVE_UP_AFTER and all(s.recovery_s is None for s in last):
                     break
         replaced = f"{fresh_starts - 1} times a fresh fleet was needed" if fresh_starts > 1 else ""
-        return samples, replaced
     except FleetError as error:
         progress(str(error))
         return samples, str(error).splitlines()[0]
+    else:
+        return samples, replaced
     finally:
         if fleet is not None:
             fleet.close()

@@ -8,26 +8,29 @@ Runs in the virtual environment that `bench.fleets.torchft` makes.
 import argparse
 import time
 from datetime import timedelta
-from typing import Any, cast
+from typing import Any
 
 import torch
-import torch.distributed as dist
+from torch.distributed import GradBucket
+from torch.distributed.distributed_c10d import TCPStore
 from torchft import DistributedDataParallel, Manager, Optimizer, ProcessGroupGloo
 
 from bench.baselines.tiny import StepWriter, batch, build, optimizer_for
 
 
-def patched_hook(state: Manager, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
-    """torchft 0.2.0's DDP hook, but for its last line.
+def patched_hook(state: Manager, bucket: GradBucket) -> torch.futures.Future[torch.Tensor]:
+    """torchft 0.2.0's DDP hook, but for the Future that it hands to DDP.
 
-    The original returns `work.get_future()._fut`.  Once the manager has noted an error, `allreduce`
-    answers with a `_DummyWork`, whose future is a plain torch Future without `_fut`: the survivor dies
-    of AttributeError in backward instead of voting no.
+    The original hands on the Future that `wait` chains to the collective's.  When a peer dies, `wait`
+    notes the error for the vote and returns before that Future was made (`_fut` is None), and once an
+    error was noted `allreduce` answers with a plain Future that has no `_fut`: the survivors die of
+    AssertionError or AttributeError in backward.  After `wait` the bucket holds the result, or what the
+    vote will throw away, so a completed Future of the bucket says the same without the crash.
     """
-    work = state.allreduce(bucket.buffer())
-    work.wait()
-    future = work.get_future()
-    return cast("torch.futures.Future[torch.Tensor]", getattr(future, "_fut", future))
+    state.allreduce(bucket.buffer()).wait()
+    future: torch.futures.Future[torch.Tensor] = torch.futures.Future()
+    future.set_result(bucket.buffer())
+    return future
 
 
 def main() -> None:
@@ -37,7 +40,11 @@ def main() -> None:
     parser.add_argument("--min-replicas", type=int, required=True)
     parser.add_argument("--delay-ms", type=int, required=True)
     parser.add_argument("--seed", type=int, required=True)
-    parser.add_argument("--timeout-s", type=float, help="for collectives and calls; default: the example's 5 s and torchft's 60 s")
+    parser.add_argument(
+        "--timeout-s",
+        type=float,
+        help="for collectives and calls; default: the example's 5 s and torchft's 60 s",
+    )
     parser.add_argument("--heartbeat-ms", type=int, default=100)
     args = parser.parse_args()
 
@@ -52,7 +59,7 @@ def main() -> None:
     def state() -> dict[str, Any]:
         return {"model": model.state_dict(), "optimizer": inner.state_dict()}
 
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     timeouts = {} if args.timeout_s is None else {"timeout": timedelta(seconds=args.timeout_s)}
     manager = Manager(
         pg=ProcessGroupGloo(timeout=timedelta(seconds=args.timeout_s or 5)),

@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterable
 from pathlib import Path
 from types import TracebackType
+from typing import Self
 
 from bench.processes import Park, send
 from bench.trace import Commit, StepTrace
@@ -79,7 +80,7 @@ class Fleet(abc.ABC):
     def launch(self, index: int) -> subprocess.Popen[bytes]:
         """Start member number `index`, counted from 0 over the fleet's life."""
 
-    def begin(self) -> None:
+    def begin(self) -> None:  # noqa: B027 - most systems have nothing to do here
         """Called once, when the first members were started (to submit the job, say)."""
 
     def start(self, count: int) -> None:
@@ -160,7 +161,7 @@ class Fleet(abc.ABC):
         if not keep_home:
             shutil.rmtree(self.home, ignore_errors=True)
 
-    def __enter__(self) -> Fleet:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(

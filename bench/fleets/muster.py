@@ -123,9 +123,7 @@ class Muster(Fleet):
 
     def _run(self, *argv: str) -> str:
         environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
-        done = subprocess.run(
-            argv, env=environment, capture_output=True, text=True, timeout=120, check=False
-        )
+        done = subprocess.run(argv, env=environment, capture_output=True, text=True, timeout=120, check=False)
         if done.returncode != 0:
             raise FleetError(f"{' '.join(argv)}: exit {done.returncode}\n{done.stderr}{done.stdout}")
         return done.stdout

@@ -5,7 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 
-from bench.fleets.fleet import REPOSITORY, Fleet, free_port, wait_for_port, Shape
+from bench.fleets.fleet import REPOSITORY, Fleet, Shape, free_port, wait_for_port
 
 CHECKPOINT_EVERY_STEPS = 50
 
@@ -16,7 +16,9 @@ class Torchrun(Fleet):
 
     system = "torchrun"
     limit_s = 60.0
-    note = f"restarts on, TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1; checkpoint every {CHECKPOINT_EVERY_STEPS} steps"
+    note = (
+        f"restarts on, TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1; checkpoint every {CHECKPOINT_EVERY_STEPS} steps"
+    )
     options: tuple[str, ...] = ("--max-restarts=1000",)
     rendezvous: dict[str, object] = {}  # noqa: RUF012 - never changed
     environment: dict[str, str] = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}  # noqa: RUF012
