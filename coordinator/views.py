@@ -71,6 +71,7 @@ def job(state: State, one: Job, latest: Mapping[str, StepRow]) -> View:
         "newest_checkpoint_step": None if newest is None else newest.step,
         "pending_checkpoints": [_pending(pending) for pending in one.pending],
         "dataset": json.loads(spec.dataset_json).get("name") if spec.dataset_json else None,
+        "tokenizer": json.loads(spec.dataset_json).get("tokenizer") if spec.dataset_json else None,
     }
 
 
