@@ -227,7 +227,7 @@ class Run:
             # Ranks that share a card must look like machines of their own, or NCCL refuses them.
             fleet.start_agent(name, self.token, "--gpus", str(card), "--interface", "lo", NCCL_HOSTID=name)
         else:
-            fleet.start_agent(name, self.token)
+            fleet.start_agent(name, self.token, "--gpus", "none")
         return name
 
     def _create_token(self, coordinator: Coordinator) -> str:

@@ -78,8 +78,10 @@ def environment(tmp_path: Path) -> dict[str, str]:
 def test_a_fleet_that_loses_an_agent_completes_and_leaves_its_results(config: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     done = subprocess.run(
-        [*MUSTER, "local", str(config), "--agents", "2", "--kill-after", "1s", "--rejoin-after", "0s"]
-        + ["--out", str(out), "--limit", "2m", "-o", "json"],
+        [
+            *(*MUSTER, "local", str(config), "--agents", "2", "--kill-after", "1s", "--rejoin-after", "0s"),
+            *("--out", str(out), "--limit", "2m", "-o", "json"),
+        ],
         env=environment(tmp_path),
         capture_output=True,
         text=True,
