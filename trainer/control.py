@@ -221,6 +221,12 @@ def _fits(value: object, kind: Any) -> bool:
 # ---------------------------------------------------------------------------------------- connection
 
 
+def _down(message: Message) -> Down:
+    if not isinstance(message, Down):
+        raise BadMessage(f"control message {type(message).__name__.lower()}: only workers send it")
+    return message
+
+
 def leave(status: int) -> typing.NoReturn:
     """End the process at once, output flushed.
 
@@ -258,10 +264,7 @@ class AgentLink:
         try:
             with self._socket.makefile("rb") as lines:
                 while line := lines.readline(MAX_LINE_BYTES + 1):
-                    message = decode(line)
-                    if not isinstance(message, Down):
-                        raise BadMessage(f"control message {type(message).__name__.lower()}: only workers send it")
-                    on_message(message)
+                    on_message(_down(decode(line)))
         except BadMessage as error:
             print(f"worker: {error}; leaving", file=sys.stderr)
         except OSError:

@@ -21,6 +21,7 @@ from functools import cache
 import torch
 from torch import Tensor
 from torch import distributed as dist
+from torch._C._distributed_c10d import HashStore, PrefixStore, Store, TCPStore
 from torch.futures import Future
 
 Bell = threading.Condition
@@ -45,7 +46,7 @@ def _gloo_device() -> dist.ProcessGroupGloo.Device:
 
 
 def _make(
-    store: dist.Store, rank: int, world_size: int, device: torch.device, connect_s: float, collective_s: float
+    store: Store, rank: int, world_size: int, device: torch.device, connect_s: float, collective_s: float
 ) -> dist.ProcessGroup:
     group = dist.ProcessGroup(store, rank, world_size)
     if device.type == "cuda":
@@ -59,7 +60,7 @@ def _make(
         group.bound_device_id = device
         nccl.eager_connect_single_device(device)
         return group
-    gloo_options = dist.ProcessGroupGloo._Options()
+    gloo_options = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]
     gloo_options._devices = [_gloo_device()]
     gloo_options._threads = 2
     gloo_options._timeout = timedelta(seconds=connect_s)
@@ -73,7 +74,7 @@ def _make(
 
 def solo_process_group(device: torch.device) -> dist.ProcessGroup:
     """A real group of one, for DDP to be constructed on."""
-    return _make(dist.HashStore(), 0, 1, device, 30.0, 600.0)
+    return _make(HashStore(), 0, 1, device, 30.0, 600.0)
 
 
 class Group:
@@ -326,14 +327,14 @@ def form(
     def connect() -> None:
         result: dist.ProcessGroup | Exception
         try:
-            store = dist.TCPStore(
+            store = TCPStore(
                 store_host,
                 store_port,
                 is_master=False,
                 wait_for_workers=False,
                 timeout=timedelta(seconds=timeout_s),
             )
-            prefix = dist.PrefixStore(f"generation{generation}", store)
+            prefix = PrefixStore(f"generation{generation}", store)
             result = _make(prefix, rank, world_size, device, timeout_s, collective_timeout_s)
         except (RuntimeError, ValueError) as error:  # torch's DistError is a RuntimeError
             result = CollectiveFailed(_first_line(error))

@@ -54,7 +54,14 @@ class Saver:
         return self._thread is not None and self._thread.is_alive()
 
     def take(
-        self, *, generation: int, step: int, state_digest: str, header: dict[str, Any], rank: int, world_size: int
+        self,
+        *,
+        generation: int,
+        step: int,
+        state_digest: str,
+        header: dict[str, Any],
+        rank: int,
+        world_size: int,
     ) -> None:
         """Copy this rank's shards of the state as it is now; write them on a thread.  Not while `busy`."""
         assert not self.busy
@@ -113,14 +120,15 @@ def _copy_to_host(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], torch.
     """Copies in host memory.  On CUDA they are pinned and complete once the event has happened."""
     if not any(tensor.is_cuda for tensor in tensors.values()):
         return {name: tensor.clone() for name, tensor in tensors.items()}, None
-    stream = torch.cuda.Stream()
+    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     stream.wait_stream(torch.cuda.current_stream())
     copies = {
-        name: torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True) for name, tensor in tensors.items()
+        name: torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+        for name, tensor in tensors.items()
     }
     with torch.cuda.stream(stream):
         for name, tensor in tensors.items():
             copies[name].copy_(tensor, non_blocking=True)
-        event = torch.cuda.Event()
+        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
         event.record(stream)
     return copies, event

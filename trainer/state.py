@@ -88,13 +88,15 @@ class TrainingState:
         receiving = group.rank != source
         for chunk in _chunks(self.tensors, HEAL_CHUNK_BYTES):
             if receiving:
-                staging = torch.empty(sum(len(part) for part in chunk), dtype=torch.uint8, device=chunk[0].device)
+                staging = torch.empty(
+                    sum(len(part) for part in chunk), dtype=torch.uint8, device=chunk[0].device
+                )
             else:
                 staging = chunk[0] if len(chunk) == 1 else torch.cat(chunk)
             group.broadcast(staging, source)
             if receiving:
                 group.settle()
-                torch._foreach_copy_(chunk, list(staging.split([len(part) for part in chunk])))
+                torch._foreach_copy_(chunk, list(torch.split(staging, [len(part) for part in chunk])))
         group.settle()
         self.loaded()
 
