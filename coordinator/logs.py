@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from coordinator.loop import Bell
+from coordinator.bell import Bell
 
 FLUSH_S = 0.1
 MAX_WAITING = 20_000

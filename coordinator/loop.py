@@ -13,11 +13,12 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
 import structlog
 
+from coordinator.bell import Bell
 from coordinator.clock import Clock
 from coordinator.core import codec
 from coordinator.core.evolve import evolve
@@ -82,21 +83,6 @@ class Observer(Protocol):
     def committed(self, record: Record) -> None: ...
     def decided(self, event: Event, reply: Reply, waited_s: float) -> None: ...
     def wrote(self, entries: int, seconds: float) -> None: ...
-
-
-@dataclass(slots=True)
-class Bell:
-    """Wakes everyone who waits for something new.  Take `next` first, then look, then wait for it."""
-
-    _next: asyncio.Event = field(default_factory=asyncio.Event)
-
-    @property
-    def next(self) -> asyncio.Event:
-        return self._next
-
-    def ring(self) -> None:
-        self._next.set()
-        self._next = asyncio.Event()
 
 
 def restore(journal: Journal, timing: Timing, until: int | None = None) -> State:

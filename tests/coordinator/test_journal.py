@@ -1,0 +1,176 @@
+"""The journal keeps what it has acknowledged, refuses what it cannot trust, and says why."""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from coordinator.journal import (
+    MIGRATIONS,
+    Entry,
+    EvaluationRow,
+    Journal,
+    JournalError,
+    RecordRow,
+    Rollback,
+    Snapshot,
+    StepRow,
+)
+
+
+def record(number: int, job_id: str = "j1") -> RecordRow:
+    return RecordRow(
+        at_ms=number, kind="Kind", job_id=job_id, body=f'{{"n":{number}}}', text=f"number {number}"
+    )
+
+
+def step(number: int, *, loss: float | None = 1.0, digest: int = 7) -> StepRow:
+    return StepRow(
+        job_id="j1",
+        step=number,
+        loss=loss,
+        slices=4,
+        data_digest=digest,
+        tokens=64.0,
+        lr=0.1,
+        grad_norm=1.0,
+        skipped=False,
+        generation=1,
+        duration_s=0.02,
+        at_ms=number,
+    )
+
+
+@pytest.fixture
+def journal(tmp_path: Path) -> Iterator[Journal]:
+    with Journal(tmp_path / "journal.db") as made:
+        yield made
+
+
+def test_records_are_there_after_reopening(tmp_path: Path) -> None:
+    with Journal(tmp_path / "j.db") as journal:
+        assert journal.commit([Entry(records=(record(1), record(2))), Entry(records=(record(3),))]) == 3
+    with Journal(tmp_path / "j.db") as journal:
+        assert [stored.body for stored in journal.history(0)] == ['{"n":1}', '{"n":2}', '{"n":3}']
+        assert (journal.last_sequence, journal.last_ms) == (3, 3)
+        assert journal.commit([Entry(records=(record(9),))]) == 4
+
+
+def test_a_failed_commit_leaves_nothing_and_the_next_one_works(journal: Journal) -> None:
+    journal.commit([Entry(steps=(step(1),))])
+    with pytest.raises(sqlite3.IntegrityError):
+        journal.commit([Entry(records=(record(1),)), Entry(records=(record(2),), steps=(step(1),))])
+    assert list(journal.history(0)) == []
+    assert journal.commit([Entry(records=(record(5),))]) == 1
+
+
+def test_history_goes_on_across_pages_and_stops_where_told(journal: Journal) -> None:
+    journal.commit([Entry(records=tuple(record(number) for number in range(1, 1203)))])
+    assert [stored.sequence for stored in journal.history(0)] == list(range(1, 1203))
+    assert [stored.sequence for stored in journal.history(1000, 1002)] == [1001, 1002]
+
+
+def test_records_of_one_job_are_paged_with_their_own_sequence_numbers(journal: Journal) -> None:
+    journal.commit([Entry(records=(record(1, "j1"), record(2, "j2"), record(3, "j1")))])
+    assert [row.sequence for row in journal.records(0, job_id="j1")] == [1, 3]
+    assert [row.sequence for row in journal.records(1, job_id="j1")] == [3]
+    assert [row.sequence for row in journal.records(0, limit=2)] == [1, 2]
+
+
+def test_step_log_keeps_64_bit_digests_and_figures_that_are_not_finite(journal: Journal) -> None:
+    journal.commit([Entry(steps=(step(1, digest=2**64 - 1), step(2, loss=None, digest=2**63)))])
+    assert [row.data_digest for row in journal.steps("j1", 0)] == [2**64 - 1, 2**63]
+    assert journal.steps("j1", 1)[0].loss is None
+    assert journal.latest_steps("j1", 1) == [step(2, loss=None, digest=2**63)]
+
+
+def test_rollback_deletes_later_steps_and_evaluations_in_the_same_commit(journal: Journal) -> None:
+    journal.commit(
+        [
+            Entry(steps=tuple(step(number) for number in range(1, 6))),
+            Entry(evaluations=(EvaluationRow(job_id="j1", step=4, loss=2.0),)),
+            Entry(records=(record(1),), rollbacks=(Rollback(job_id="j1", to_step=3),)),
+            Entry(steps=(step(4, loss=9.0),)),
+        ]
+    )
+    assert [(row.step, row.loss) for row in journal.steps("j1", 0)] == [
+        (1, 1.0),
+        (2, 1.0),
+        (3, 1.0),
+        (4, 9.0),
+    ]
+    assert journal.evaluations("j1", 0, 99) == []
+
+
+def test_snapshots_keep_the_newest_two_and_pass_over_a_damaged_one(tmp_path: Path) -> None:
+    with Journal(tmp_path / "j.db") as journal:
+        for sequence in (1, 2, 3):
+            journal.write_snapshot(Snapshot(sequence=sequence, body=f"state {sequence}"))
+        assert journal.snapshot() == Snapshot(sequence=3, body="state 3")
+        assert journal.snapshot(2) == Snapshot(sequence=2, body="state 2")
+        assert journal.snapshot(1) is None
+    with sqlite3.connect(tmp_path / "j.db") as raw:
+        raw.execute("UPDATE snapshots SET body = 'state ?' WHERE sequence = 3")
+    raw.close()
+    with Journal(tmp_path / "j.db") as journal:
+        assert journal.snapshot() == Snapshot(sequence=2, body="state 2")
+
+
+def test_a_journal_of_a_newer_version_is_refused_with_what_to_do(tmp_path: Path) -> None:
+    path = tmp_path / "j.db"
+    Journal(path).close()
+    raw = sqlite3.connect(path)
+    raw.execute(f"PRAGMA user_version = {len(MIGRATIONS) + 1}")
+    raw.close()
+    with pytest.raises(JournalError, match=r"newer musterd.*Upgrade musterd"):
+        Journal(path)
+
+
+def test_a_file_that_is_no_database_is_refused_as_damaged(tmp_path: Path) -> None:
+    path = tmp_path / "j.db"
+    path.write_bytes(b"this is not a database" * 500)
+    with pytest.raises(JournalError, match=r"damaged .*restore the coordinator's home from a backup"):
+        Journal(path)
+    assert path.read_bytes().startswith(b"this is not")
+
+
+def test_another_programs_database_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "j.db"
+    raw = sqlite3.connect(path)
+    raw.execute("CREATE TABLE cats (name TEXT)")
+    raw.close()
+    with pytest.raises(JournalError, match="not a Muster journal"):
+        Journal(path)
+
+
+@pytest.mark.parametrize(
+    ("damage", "found"),
+    [
+        ("UPDATE records SET body = replace(body, '2', '4') WHERE sequence = 2", "record 2 does not match"),
+        ("DELETE FROM records WHERE sequence = 2", "record 2 is missing"),
+    ],
+)
+def test_a_changed_or_missing_record_is_noticed(tmp_path: Path, damage: str, found: str) -> None:
+    path = tmp_path / "j.db"
+    with Journal(path) as journal:
+        journal.commit([Entry(records=(record(1), record(2), record(3)))])
+    raw = sqlite3.connect(path)
+    raw.execute(damage)
+    raw.commit()
+    raw.close()
+    with Journal(path) as journal, pytest.raises(JournalError, match=found):
+        list(journal.history(0))
+
+
+def test_overwritten_pages_are_refused_when_opening(tmp_path: Path) -> None:
+    path = tmp_path / "j.db"
+    with Journal(path) as journal:
+        journal.commit([Entry(records=tuple(record(number) for number in range(1, 2000)))])
+    data = bytearray(path.read_bytes())
+    data[4096 * 5 : 4096 * 12] = b"\xff" * (4096 * 7)
+    path.write_bytes(data)
+    with pytest.raises(JournalError, match="damaged"):
+        Journal(path)
