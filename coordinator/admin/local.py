@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from coordinator.admin.errors import BadInput, OperationFailed, one_line
+from coordinator.admin.errors import BadInput, OperationFailed, Unreachable, one_line
 from coordinator.admin.options import duration, with_output
 from coordinator.admin.output import Output, View, number
 
@@ -171,8 +171,13 @@ class Run:
         from coordinator.admin.job import ENDED, get_job
 
         while True:
-            self.job = get_job(coordinator, job_id)
-            fresh = self._new_events(coordinator, job_id)
+            try:
+                self.job = get_job(coordinator, job_id)
+                fresh = self._new_events(coordinator)
+            except Unreachable as error:
+                if fleet.coordinator is None or fleet.coordinator.poll() is None:
+                    raise
+                raise OperationFailed(f"the coordinator ended: {fleet.last_words('coordinator')}") from error
             now = time.monotonic()
             if (
                 self.training_since is None
@@ -185,8 +190,6 @@ class Run:
             show.update(self, fresh)
             if self.job.get("phase") in ENDED:
                 return
-            if fleet.coordinator is None or fleet.coordinator.poll() is not None:
-                raise OperationFailed(f"the coordinator ended: {fleet.last_words('coordinator')}")
             if not fleet.agents:
                 raise OperationFailed(
                     f"every agent ended; the last said: {fleet.last_words(f'a{self.started}')}"
@@ -237,7 +240,7 @@ class Run:
         token: str = coordinator.call(coordinator.stub.CreateToken, request).token
         return token
 
-    def _new_events(self, coordinator: Coordinator, job_id: str) -> list[str]:
+    def _new_events(self, coordinator: Coordinator) -> list[str]:
         from protos import admin_pb2
 
         fresh = []

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import threading
 from collections.abc import Iterator
 from concurrent import futures
 from dataclasses import dataclass, field
@@ -30,6 +31,7 @@ class Service(admin_pb2_grpc.AdminServiceServicer):
     evaluations: list[agent_pb2.Evaluation] = field(default_factory=list)
     submitted: list[admin_pb2.SubmitJobRequest] = field(default_factory=list)
     requests: list[Any] = field(default_factory=list)
+    asked: threading.Event = field(default_factory=threading.Event)  # a job was looked at
     stream_breaks: int = 0  # how many followed streams still to break after each message
 
     def _refuse(self, context: grpc.ServicerContext, refusal: int, message: str) -> None:
@@ -75,6 +77,7 @@ class Service(admin_pb2_grpc.AdminServiceServicer):
         return admin_pb2.Views(json=[json.dumps(job) for job in shown])
 
     def GetJob(self, request, context):
+        self.asked.set()
         return admin_pb2.View(json=json.dumps(self._job(request.job, context)))
 
     def ListAgents(self, request, context):

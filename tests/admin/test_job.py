@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -192,6 +196,21 @@ def test_wait_ends_with_a_status_for_the_jobs_end(muster, served: Served, phase:
     assert result.exit_code == status
     assert json.loads(result.stdout)["phase"] == phase
     assert ("the worker raised" in result.stderr) == (status == 5)
+
+
+def test_an_interrupted_wait_exits_130_in_one_line(served: Served) -> None:
+    served.service.jobs = {"j1": {"id": "j1", "name": "one", "phase": "RUNNING"}}
+    with subprocess.Popen(
+        [sys.executable, "-m", "coordinator.admin.cli", "job", "wait", "one"],
+        env={**os.environ, "MUSTER_IDENTITY": str(served.identity_path)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert served.service.asked.wait(30)
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate()
+    assert (process.returncode, out, err.strip()) == (130, "", "muster: interrupted")
 
 
 def event(sequence: int) -> admin_pb2.Event:

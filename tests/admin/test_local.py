@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
 import signal
@@ -13,8 +15,10 @@ from typing import Any
 import psutil
 import pytest
 import yaml
+from rich.console import Console
 
-from coordinator.admin.local import judge
+from coordinator.admin.local import LiveProgress, Progress, Run, judge
+from coordinator.admin.submission import read_job_file
 
 MUSTER = [sys.executable, "-m", "coordinator.admin.cli"]
 
@@ -60,6 +64,35 @@ def config(tmp_path: Path) -> Path:
     path = tmp_path / "fox.yaml"
     path.write_text(yaml.safe_dump(spec))
     return path
+
+
+@pytest.mark.parametrize(("kind", "terminal"), [(Progress, False), (LiveProgress, True)])
+def test_the_progress_view_shows_the_jobs_state_and_what_happened(
+    config: Path, kind: type[Progress], terminal: bool
+) -> None:
+    run = Run(
+        submission=read_job_file(config),
+        agent_count=2,
+        kill_after_s=None,
+        rejoin_after_s=None,
+        limit_s=60,
+        device="cpu",
+    )
+    run.job = {
+        "phase": "RECOVERING",
+        "detail": "agent a2 lost: session closed + peer collective",
+        "generation": {"number": 3, "members": [{"name": "a1"}, {"name": "a2"}]},
+        "committed_step": 30,
+        "loss": 2.5,
+        "tokens_per_s": 1234.0,
+    }
+    run.notes.append("killed agent a2 [with SIGKILL]")
+    text = io.StringIO()
+    progress = kind(Console(file=text, force_terminal=terminal, width=120, color_system=None))
+    with progress.live if isinstance(progress, LiveProgress) else contextlib.nullcontext():
+        progress.update(run, list(run.notes))
+    for part in ("RECOVERING", "3", "a1 a2", "30/60", "2.5000", "1,234", "peer collective", "[with SIGKILL]"):
+        assert part in text.getvalue()
 
 
 def environment(tmp_path: Path) -> dict[str, str]:
