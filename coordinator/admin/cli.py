@@ -7,6 +7,7 @@ and nothing here ever imports torch: what needs it runs as a subprocess.
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -115,6 +116,8 @@ def _usage_error(error: click.UsageError) -> NoReturn:
 @click.version_option(package_name="muster-train", message="%(version)s")
 def main(identity: Path | None, address: str | None) -> None:
     """Train one model on many volunteers' GPUs: steer a Muster coordinator."""
+    # Below ERROR gRPC writes to standard error what `muster` says itself, in one line, when it matters.
+    os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
 
 
 if __name__ == "__main__":

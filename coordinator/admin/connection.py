@@ -228,7 +228,7 @@ class Coordinator:
         ):
             return Unreachable(
                 f"coordinator at {self.address} could not be verified: what answers there was not certified by the "
-                f"authority in {self._identity_path} ({last}). Check --address, or use the admin.json of that coordinator"
+                f"authority in {self._identity_path}. Check --address, or use the admin.json of that coordinator"
             )
         return Unreachable(
             f"coordinator at {self.address} is unreachable ({last}). Check that musterd runs there and that the port "
