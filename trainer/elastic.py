@@ -48,6 +48,7 @@ from trainer.data import slice_seed
 from trainer.group import Bell, CollectiveFailed, Graveyard, Group, Interrupted, form, solo_process_group
 from trainer.saving import Saver, Snapshot
 from trainer.state import TrainingState
+from trainer.trace import StepTrace
 
 
 class Link(Protocol):
@@ -97,6 +98,7 @@ class ElasticGroup:
         """The newest step applied here."""
         self._link = link
         self._checkpoints = checkpoints
+        self._trace = StepTrace()
         # What the listener and the loop share, under the bell.
         self._bell = Bell()
         self._plan: control.Plan | None = None
@@ -436,6 +438,14 @@ class ElasticGroup:
         self._pending = 0
 
     def _report(self, outcome: Outcome, generation: int) -> None:
+        if self._group is not None:
+            self._trace.committed(
+                step=outcome.step,
+                generation=generation,
+                world=self._group.world_size,
+                rank=self._group.rank,
+                loss=outcome.loss,
+            )
         train = self.config.train
         self._link.send(
             control.Step(
