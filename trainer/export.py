@@ -126,6 +126,7 @@ def export(
         else:
             save_file({name: p.detach() for name, p in model.named_parameters()}, work / "model.safetensors")
             _write_json(work / "model.json", model.shape.to_dict())
+        (work / "model.safetensors").chmod(0o644)  # the library makes it private
         if tokenizer is not None:
             (work / "tokenizer.json").write_text(tokenizer.as_tokenizers_json(), encoding="utf-8")
             if form == "hf":

@@ -14,6 +14,7 @@ import sys
 import sysconfig
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
 from pathlib import Path
 from typing import IO, Protocol
 
@@ -30,6 +31,8 @@ PYTHON_TEXT_BYTES = 4 * 2**20
 SHARD_TOKENS = 32 * 2**20
 _MOST_VAL_BLOCKS = 64
 _READ_TOKENS = 2**20
+_PIECE_CHARACTERS = 64 * 2**10
+_BATCH_PIECES = 128
 
 Progress = Callable[[str], None]
 
@@ -43,7 +46,11 @@ class Source(Protocol):
 
     name: str
 
-    def texts(self) -> Iterator[str]: ...
+    def pieces(self) -> Iterator[tuple[str, bool]]:
+        """All texts in order, each in one piece or several, and whether a piece is its text's last.
+
+        Pieces keep a corpus in one huge file out of memory."""
+        ...
 
 
 class FileText:
@@ -59,15 +66,23 @@ class FileText:
         if not self.documents:
             raise PrepareError("text: found no document; give files, or directories with UTF-8 text files")
 
-    def texts(self) -> Iterator[str]:
+    def pieces(self) -> Iterator[tuple[str, bool]]:
         for document in self.documents:
-            yield document[1] if isinstance(document, tuple) else document.read_text(encoding="utf-8")
+            if isinstance(document, tuple):
+                yield document[1], True
+                continue
+            for piece in _pieces_of(document):
+                yield piece, False
+            yield "", True
 
     def digest(self) -> str:
-        """SHA-256 of all documents, in order."""
-        total = hashlib.sha256()
-        for text in self.texts():
-            total.update(hashlib.sha256(text.encode()).digest())
+        """SHA-256 of all texts, in order."""
+        total, text = hashlib.sha256(), hashlib.sha256()
+        for piece, last in self.pieces():
+            text.update(piece.encode())
+            if last:
+                total.update(text.digest())
+                text = hashlib.sha256()
         return total.hexdigest()
 
 
@@ -82,7 +97,7 @@ class HubText:
             raise PrepareError(
                 "--hf needs the `datasets` library; run: pip install 'muster-train[hf]'"
             ) from error
-        repository, _, config = name.partition(":")
+        repository, _, config = (name, "", "") if Path(name).exists() else name.partition(":")
         self.name = Path(repository).name
         self._column = column
         datasets.disable_progress_bars()
@@ -99,9 +114,9 @@ class HubText:
                 f"--hf-column {column}: {name} has the columns {', '.join(columns) or 'none (it is empty)'}; name one"
             )
 
-    def texts(self) -> Iterator[str]:
+    def pieces(self) -> Iterator[tuple[str, bool]]:
         for row in self._rows:
-            yield str(row[self._column])
+            yield str(row[self._column]), True
 
 
 def prepare(
@@ -191,7 +206,9 @@ def _build(
     if tokenizer_spec.startswith("bpe:"):
         progress(f"learning a vocabulary ({tokenizer_spec})")
         size = tokenizer_spec.removeprefix("bpe:")
-        tokenizer: Tokenizer = train_bpe(source.texts(), int(size) if size.isdigit() else 0)
+        tokenizer: Tokenizer = train_bpe(
+            (piece for piece, _ in source.pieces()), int(size) if size.isdigit() else 0
+        )
     else:
         tokenizer = load_tokenizer(tokenizer_spec)
     dtype = np.dtype("<u2") if tokenizer.vocab_size <= 2**16 else np.dtype("<u4")
@@ -232,11 +249,14 @@ def _build(
 def _spool(source: Source, tokenizer: Tokenizer, spool: Path, dtype: np.dtype[np.uint16 | np.uint32], progress: Progress) -> int:  # fmt: skip
     total, reported = 0, 0
     closing = np.array([] if tokenizer.end_of_text is None else [tokenizer.end_of_text], dtype=dtype)
+    pieces = source.pieces()
     with spool.open("wb") as file:
-        for ids in tokenizer.encode_many(source.texts()):
-            file.write(ids.astype(dtype).tobytes())
-            file.write(closing.tobytes())
-            total += len(ids) + len(closing)
+        while batch := list(islice(pieces, _BATCH_PIECES)):
+            encoded = tokenizer.encode_batch([piece for piece, _ in batch])
+            for ids, (_, last) in zip(encoded, batch, strict=True):
+                end = closing if last else closing[:0]
+                file.write(ids.astype(dtype).tobytes() + end.tobytes())
+                total += len(ids) + len(end)
             if total - reported >= 10_000_000:
                 progress(f"{total:,} tokens")
                 reported = total
@@ -321,9 +341,15 @@ def _files(path: Path) -> list[Path | tuple[str, str]]:
     ]
 
 
+def _pieces_of(path: Path) -> Iterator[str]:
+    with path.open(encoding="utf-8") as file:
+        while lines := file.readlines(_PIECE_CHARACTERS):
+            yield "".join(lines)
+
+
 def _is_text(path: Path) -> bool:
     try:
-        return "\0" not in path.read_text(encoding="utf-8")
+        return not any("\0" in piece for piece in _pieces_of(path))
     except UnicodeDecodeError:
         return False
     except OSError as error:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
-from itertools import islice
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 END_OF_TEXT = "<|endoftext|>"
-_BATCH = 256
 
 
 class TokenizerError(Exception):
@@ -30,10 +28,9 @@ class ByteTokenizer:
     def encode(self, text: str) -> list[int]:
         return list(text.encode())
 
-    def encode_many(self, texts: Iterable[str]) -> Iterator[NDArray[np.uint32]]:
-        """The ids of each text, in order, without a closing token."""
-        for text in texts:
-            yield np.frombuffer(text.encode(), dtype=np.uint8).astype(np.uint32)
+    def encode_batch(self, texts: list[str]) -> list[NDArray[np.uint32]]:
+        """The ids of each text, without a closing token."""
+        return [np.frombuffer(text.encode(), dtype=np.uint8).astype(np.uint32) for text in texts]
 
     def decode(self, ids: Sequence[int]) -> str:
         """Bytes that are no UTF-8 (a text may be cut anywhere) become U+FFFD."""
@@ -75,11 +72,10 @@ class FileTokenizer:
     def encode(self, text: str) -> list[int]:
         return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
 
-    def encode_many(self, texts: Iterable[str]) -> Iterator[NDArray[np.uint32]]:
-        """The ids of each text, in order, without a closing token."""
-        for batch in _batches(texts):
-            for encoding in self._tokenizer.encode_batch_fast(batch, add_special_tokens=False):
-                yield np.array(encoding.ids, dtype=np.uint32)
+    def encode_batch(self, texts: list[str]) -> list[NDArray[np.uint32]]:
+        """The ids of each text, without a closing token."""
+        encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        return [np.array(encoding.ids, dtype=np.uint32) for encoding in encodings]
 
     def decode(self, ids: Sequence[int]) -> str:
         return str(self._tokenizer.decode(list(ids), skip_special_tokens=True))
@@ -124,12 +120,6 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> FileTokenizer:
     # Sorted keys make the file, and with it the dataset's id, the same wherever it is trained.
     canonical = json.dumps(json.loads(tokenizer.to_str()), sort_keys=True, ensure_ascii=False)
     return FileTokenizer(canonical, f"bpe:{vocab_size}")
-
-
-def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
-    iterator = iter(texts)
-    while batch := list(islice(iterator, _BATCH)):
-        yield batch
 
 
 def _byte_characters() -> list[str]:

@@ -91,7 +91,14 @@ def test_encoding_is_lossless(kind: str) -> None:
     sample = f"{WORDS} {END_OF_TEXT} \t  \x00 é"
     assert tokenizer.decode(tokenizer.encode(sample)) == sample
     assert tokenizer.end_of_text not in tokenizer.encode(sample)
-    assert [ids.tolist() for ids in tokenizer.encode_many([sample, ""])] == [tokenizer.encode(sample), []]
+    assert [ids.tolist() for ids in tokenizer.encode_batch([sample, ""])] == [tokenizer.encode(sample), []]
+
+
+def test_a_text_larger_than_a_piece_is_one_text(tmp_path: Path) -> None:
+    file = tmp_path / "big.txt"
+    file.write_text(WORDS * 5000)
+    dataset = TokenDataset(prepare(FileText([str(file)]), "byte", tmp_path / "out", val_fraction=0.0))
+    assert tokens_of(dataset, "train") == [*file.read_bytes(), 256]
 
 
 def test_the_standard_library_is_text_enough_for_a_demonstration(tmp_path: Path) -> None:
