@@ -178,7 +178,7 @@ class Evidence(enum.Enum):
 class Why(enum.Enum):
     """Reasons for waiting, refusing and changing phase: shown by the CLI, compared by tests."""
 
-    # waiting (NotYet)
+    # why a NotYet waits
     NO_AGENT = "no_agent"
     BELOW_MIN = "below_min"
     PREPARING = "preparing"
@@ -186,7 +186,10 @@ class Why(enum.Enum):
     MIN_GENERATION = "min_generation"
     FORMING = "forming"
     NOTHING_TO_DO = "nothing_to_do"
-    # phase changes
+    UNREACHABLE = "unreachable"  # a member that is needed has no open session; it is expected back
+    RELEASING = "releasing"  # members are still leaving the last generation
+    CHECKPOINTING = "checkpointing"  # the last checkpoint is still being stored
+    # why a phase changed
     SUBMITTED = "submitted"
     AGENTS_ASSIGNED = "agents_assigned"
     FORMED = "formed"
@@ -260,11 +263,13 @@ class Agent:
     quarantined_until_ms: int | None = None  # None with QUARANTINED: until released
     draining: bool = False
     drain_reason: str = ""
+    drain_until_left: bool = False  # its owner asked for the drain: over when this process is gone
     incarnation: str = ""
     job_id: JobId | None = None
     torchrun_job: str = ""
     strikes: int = 0
     last_strike_ms: int = 0
+    last_generation: int = 0  # newest generation of `job_id` that it was planned into and not released from
     # volatile: not journalled, rebuilt after a restart
     session_id: SessionId | None = None
     session_closed_ms: int | None = None
@@ -274,6 +279,26 @@ class Agent:
     activity: str = ""
     tokens_per_s: float = 0.0
     disk_free_bytes: int = 0
+    held_job: JobId | None = None  # what it believed to serve when its session opened
+    idle_reason: str = ""  # what it was last told when it serves no job
+    idle_unmet: tuple[str, ...] = ()
+
+
+VOLATILE_OF_AGENT = frozenset(
+    {
+        "session_id",
+        "session_closed_ms",
+        "lease_until_ms",
+        "readiness",
+        "step",
+        "activity",
+        "tokens_per_s",
+        "disk_free_bytes",
+        "held_job",
+        "idle_reason",
+        "idle_unmet",
+    }
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -303,6 +328,14 @@ class Generation:
     formed: tuple[AgentId, ...] = ()  # who has confirmed
     formed_ms: int | None = None  # when all had
     finished: tuple[AgentId, ...] = ()
+    finished_step: int = 0
+    leaving: tuple[AgentId, ...] = ()
+    """Agents of superseded generations that are not members here and have not said they are out."""
+    gone: tuple[AgentId, ...] = ()
+    """Members, or agents leaving, that are out for good though their agent may live."""
+    holders: tuple[AgentId, ...] = ()
+    """Agents whose workers have the committed state in memory."""
+    formed_digest: str = ""  # state digest on which all that have confirmed agree, else empty
     # (peer evidence) members that reported a failed collective in this generation
     collective_failed: tuple[AgentId, ...] = ()
     collective_failed_ms: int | None = None
@@ -363,11 +396,36 @@ class Job:
     pending: tuple[PendingCheckpoint, ...] = ()  # by step; at most 2
     gathered_ms: int | None = None  # when min_nodes were first ready (last call starts)
     standby_ms: int | None = None  # when the first ready standby appeared while RUNNING
+    lineage: int = 0
+    """Number of the last generation that began from a checkpoint or afresh.  What an older generation
+    still has to say about steps belongs to a state that was given up."""
+    failed_step: int = 0  # committed_step when a failure was last counted
+    failed_generation: int = 0  # a generation's failure counts once, however many members report it
+    prepare_failed: tuple[AgentId, ...] = ()  # whose failures outside a generation were counted
+
+
+VOLATILE_OF_JOB = frozenset({"gathered_ms", "standby_ms"})
+
+
+@dataclass(slots=True, kw_only=True)
+class Agenda:
+    """What `settle` has to look at: derived from the rest of the state, so never stored or compared.
+
+    `evolve` adds what a record touched; `settle` takes off what it found quiet and notes when to look
+    again.  Dicts are sets in order of insertion."""
+
+    agents: dict[AgentId, None] = field(default_factory=dict)
+    jobs: dict[JobId, None] = field(default_factory=dict)
+    slots: bool = False  # some job may want agents that it did not want before
+    live: dict[JobId, None] = field(default_factory=dict)  # jobs that have not ended
+    due: dict[tuple[str, str], int] = field(default_factory=dict)  # ("agent" | "job", id) -> when
+    heap: list[tuple[int, str, str]] = field(default_factory=list)  # of `due`, with stale entries
 
 
 @dataclass(slots=True, kw_only=True)
 class State:
     timing: Timing
+    agenda: Agenda = field(default_factory=Agenda, compare=False, repr=False)
     tokens: dict[TokenId, Token] = field(default_factory=dict)
     agents: dict[AgentId, Agent] = field(default_factory=dict)
     jobs: dict[JobId, Job] = field(default_factory=dict)
@@ -641,6 +699,15 @@ class AgentArrived:
     incarnation: str
     facts: AgentFacts
     torchrun_job: str
+    held_job: JobId | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AgentReturned:
+    """An agent that was counted as lost speaks again in a session that had stayed open (it was frozen)."""
+
+    at_ms: int
+    agent_id: AgentId
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -671,6 +738,7 @@ class AgentDraining:
     agent_id: AgentId
     draining: bool
     reason: str
+    until_left: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -768,6 +836,20 @@ class MemberReleased:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class MemberLost:
+    """A member, or an agent still leaving, is out of the generation for good; its agent may live and
+    come back as a joiner.  (A member whose *agent* is lost needs no such record: it is a member again
+    if it returns before a new generation was planned.)"""
+
+    at_ms: int
+    job_id: JobId
+    generation: int
+    agent_id: AgentId
+    evidence: Evidence
+    detail: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class CollectiveFailed:
     at_ms: int
     job_id: JobId
@@ -782,6 +864,7 @@ class FailureCounted:
     agent_id: AgentId
     kind: FailureKind
     detail: str
+    generation: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -885,6 +968,16 @@ class AgentReadied:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class AgentIdled:
+    """The agent is told why it serves no job."""
+
+    at_ms: int
+    agent_id: AgentId
+    reason: str
+    unmet: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class WaitChanged:
     """Bookkeeping of `gathered_ms` / `standby_ms` of a job."""
 
@@ -906,6 +999,7 @@ DurableRecord = (
     | AgentAdmitted
     | CertificateRenewed
     | AgentArrived
+    | AgentReturned
     | AgentSuspected
     | AgentLost
     | AgentLeft
@@ -921,6 +1015,7 @@ DurableRecord = (
     | MemberFormed
     | MemberFinished
     | MemberReleased
+    | MemberLost
     | CollectiveFailed
     | FailureCounted
     | StepsCommitted
@@ -932,7 +1027,7 @@ DurableRecord = (
     | CheckpointRetired
     | CheckpointWanted
 )
-VolatileRecord = LeaseRenewed | SessionEnded | AgentReadied | WaitChanged | LeasesRefreshed
+VolatileRecord = LeaseRenewed | SessionEnded | AgentReadied | AgentIdled | WaitChanged | LeasesRefreshed
 Record = DurableRecord | VolatileRecord
 
 
@@ -1056,12 +1151,4 @@ class PushGoAway:
     retry: bool
 
 
-Push = (
-    PushAssignment
-    | PushUnassign
-    | PushPlan
-    | PushTakeCheckpoint
-    | PushDrain
-    | PushIdle
-    | PushGoAway
-)
+Push = PushAssignment | PushUnassign | PushPlan | PushTakeCheckpoint | PushDrain | PushIdle | PushGoAway

@@ -1,0 +1,536 @@
+"""What a record does to the state: the only place where `State` changes.
+
+Total and without judgement: whoever made the record has decided.  Replaying the durable records of a
+journal gives the durable part of the state.  Besides the facts, the agenda is kept here: what `settle`
+has to look at because of a record.  A renewed lease puts nothing on it, which keeps heartbeats cheap.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any, assert_never
+
+from coordinator.core.model import (
+    ENDED,
+    Agent,
+    AgentAdmitted,
+    AgentArrived,
+    AgentAssigned,
+    AgentDraining,
+    AgentId,
+    AgentIdled,
+    AgentLeft,
+    AgentLost,
+    AgentReadied,
+    AgentReturned,
+    AgentSuspected,
+    AgentUnassigned,
+    CertificateRenewed,
+    CheckpointDamaged,
+    CheckpointRetired,
+    CheckpointWanted,
+    CollectiveFailed,
+    FailureCounted,
+    FailureKind,
+    Generation,
+    GenerationPlanned,
+    Job,
+    JobAdmitted,
+    JobId,
+    JobPhase,
+    JobPhaseChanged,
+    JobRescaled,
+    LeaseRenewed,
+    LeasesRefreshed,
+    ManifestCommitted,
+    MemberFinished,
+    MemberFormed,
+    MemberLost,
+    MemberReleased,
+    PendingCheckpoint,
+    PendingDropped,
+    Presence,
+    Record,
+    SessionEnded,
+    ShardRecorded,
+    StandingChanged,
+    State,
+    StepsCommitted,
+    StepsRolledBack,
+    StrikeCounted,
+    TokenCreated,
+    TokenRevoked,
+    WaitChanged,
+)
+
+FORGOTTEN_AFTER_STEPS = 1_000
+"""Failures are forgotten after so many committed steps without another one."""
+
+
+def evolve(state: State, record: Record) -> None:
+    """Apply `record`.  Its agent, job and token exist: whoever made the record has checked."""
+    match record:
+        case TokenCreated():
+            state.tokens[record.token.token_id] = record.token
+        case TokenRevoked():
+            state.tokens[record.token_id] = replace(state.tokens[record.token_id], revoked=True)
+        case AgentAdmitted():
+            token = state.tokens[record.token_id]
+            state.tokens[record.token_id] = replace(token, uses_left=token.uses_left - 1)
+            state.agents[record.agent_id] = Agent(
+                agent_id=record.agent_id,
+                name=record.name,
+                certificate_serial=record.certificate_serial,
+                admitted_ms=record.at_ms,
+                presence_since_ms=record.at_ms,
+            )
+        case CertificateRenewed():
+            _set(state, record.agent_id, certificate_serial=record.certificate_serial)
+        case AgentArrived():
+            _arrive(state, record)
+        case AgentReturned():
+            _presence(state, record.agent_id, Presence.READY, record.at_ms)
+        case AgentSuspected():
+            _presence(state, record.agent_id, Presence.SUSPECT, record.at_ms)
+        case AgentLost():
+            _presence(state, record.agent_id, Presence.LOST, record.at_ms, readiness=None)
+            state.agenda.slots = True
+        case AgentLeft():
+            agent = state.agents[record.agent_id]
+            stays_draining = agent.draining and not agent.drain_until_left
+            _presence(
+                state,
+                record.agent_id,
+                Presence.ABSENT,
+                record.at_ms,
+                readiness=None,
+                draining=stays_draining,
+                drain_reason=agent.drain_reason if stays_draining else "",
+                drain_until_left=False,
+            )
+            state.agenda.slots = True
+        case AgentDraining():
+            _set_and_look(
+                state,
+                record.agent_id,
+                draining=record.draining,
+                drain_reason=record.reason if record.draining else "",
+                drain_until_left=record.draining and record.until_left,
+            )
+            state.agenda.slots = True
+        case StandingChanged():
+            _set_and_look(
+                state,
+                record.agent_id,
+                standing=record.standing,
+                standing_why=record.why,
+                standing_detail=record.detail,
+                quarantined_until_ms=record.until_ms,
+            )
+            state.agenda.slots = True
+        case StrikeCounted():
+            _set(state, record.agent_id, strikes=record.strikes, last_strike_ms=record.at_ms)
+            state.agenda.agents[record.agent_id] = None
+        case AgentAssigned():
+            job = state.jobs[record.job_id]
+            _set_job(state, job, assigned=(*job.assigned, record.agent_id))
+            _set_and_look(
+                state, record.agent_id, job_id=record.job_id, last_generation=0, readiness=None, held_job=None
+            )
+        case AgentUnassigned():
+            job = state.jobs[record.job_id]
+            _set_job(
+                state,
+                job,
+                assigned=_without(job.assigned, record.agent_id),
+                generation=_expelled(job.generation, record.agent_id),
+            )
+            _set_and_look(
+                state, record.agent_id, job_id=None, last_generation=0, readiness=None, held_job=None
+            )
+            state.agenda.slots = True
+        case JobAdmitted():
+            state.jobs[record.job_id] = Job(
+                job_id=record.job_id,
+                spec=record.spec,
+                submitted_ms=record.at_ms,
+                order=len(state.jobs),
+                phase_since_ms=record.at_ms,
+            )
+            state.agenda.live[record.job_id] = None
+            state.agenda.jobs[record.job_id] = None
+            _look_at_idle(state)
+        case JobPhaseChanged():
+            _phase(state, record)
+        case JobRescaled():
+            job = state.jobs[record.job_id]
+            spec = replace(job.spec, min_nodes=record.min_nodes, max_nodes=record.max_nodes)
+            _set_job(state, job, spec=spec)
+            state.agenda.slots = True
+        case GenerationPlanned():
+            _plan(state, record)
+        case MemberFormed():
+            _form(state, record)
+        case MemberFinished():
+            job, generation = _generation(state, record.job_id)
+            finished = (*generation.finished, record.agent_id)
+            step = max(generation.finished_step, record.step)
+            _set_generation(state, job, replace(generation, finished=finished, finished_step=step))
+        case MemberReleased():
+            job, generation = _generation(state, record.job_id)
+            _set_generation(
+                state,
+                job,
+                replace(
+                    generation,
+                    leaving=_without(generation.leaving, record.agent_id),
+                    holders=_without(generation.holders, record.agent_id),
+                ),
+            )
+            _set_and_look(state, record.agent_id, last_generation=0)
+        case MemberLost():
+            job, generation = _generation(state, record.job_id)
+            _set_generation(
+                state,
+                job,
+                replace(
+                    generation,
+                    gone=(*generation.gone, record.agent_id),
+                    leaving=_without(generation.leaving, record.agent_id),
+                    holders=_without(generation.holders, record.agent_id),
+                ),
+            )
+            _set(state, record.agent_id, readiness=None)
+        case CollectiveFailed():
+            job, generation = _generation(state, record.job_id)
+            first_ms = generation.collective_failed_ms
+            _set_generation(
+                state,
+                job,
+                replace(
+                    generation,
+                    collective_failed=(*generation.collective_failed, record.agent_id),
+                    collective_failed_ms=record.at_ms if first_ms is None else first_ms,
+                ),
+            )
+        case FailureCounted():
+            job = state.jobs[record.job_id]
+            prepare_failed = job.prepare_failed
+            if record.kind is FailureKind.PREPARE or record.generation == 0:
+                prepare_failed = (*prepare_failed, record.agent_id)
+            _set_job(
+                state,
+                job,
+                failures=job.failures + 1,
+                last_failure=record.detail,
+                failed_step=job.committed_step,
+                failed_generation=max(job.failed_generation, record.generation),
+                prepare_failed=prepare_failed,
+            )
+        case StepsCommitted():
+            _commit_steps(state, record)
+        case StepsRolledBack():
+            job = state.jobs[record.job_id]
+            _set_job(
+                state,
+                job,
+                committed_step=record.to_step,
+                committed_digest="",
+                failed_step=min(job.failed_step, record.to_step),
+                pending=tuple(p for p in job.pending if p.step <= record.to_step),
+            )
+        case ShardRecorded():
+            _record_shard(state, record)
+        case ManifestCommitted():
+            job, new = state.jobs[record.job_id], record.checkpoint
+            others = tuple(c for c in job.checkpoints if c.step != new.step)
+            known = new.step == job.committed_step
+            _set_job(
+                state,
+                job,
+                checkpoints=tuple(sorted((*others, new), key=lambda c: c.step)),
+                pending=tuple(p for p in job.pending if p.step != new.step),
+                committed_digest=new.state_digest if known else job.committed_digest,
+                failures=0,
+                prepare_failed=(),
+            )
+        case PendingDropped():
+            job = state.jobs[record.job_id]
+            _set_job(state, job, pending=tuple(p for p in job.pending if p.step != record.step))
+        case CheckpointDamaged():
+            job = state.jobs[record.job_id]
+            _set_job(
+                state,
+                job,
+                checkpoints=tuple(
+                    replace(c, damaged=record.detail or "damaged") if c.step == record.step else c
+                    for c in job.checkpoints
+                ),
+            )
+        case CheckpointRetired():
+            job = state.jobs[record.job_id]
+            _set_job(state, job, checkpoints=tuple(c for c in job.checkpoints if c.step != record.step))
+        case CheckpointWanted():
+            pass  # a command to the members; see pushes
+        case LeaseRenewed():
+            _set(
+                state,
+                record.agent_id,
+                lease_until_ms=record.until_ms,
+                step=record.step,
+                activity=record.activity,
+                tokens_per_s=record.tokens_per_s,
+                disk_free_bytes=record.disk_free_bytes,
+            )
+        case SessionEnded():
+            _set_and_look(state, record.agent_id, session_id=None, session_closed_ms=record.at_ms)
+        case AgentReadied():
+            _set(state, record.agent_id, readiness=record.readiness)
+            _look_at_job_of(state, record.agent_id)
+        case AgentIdled():
+            _set(state, record.agent_id, idle_reason=record.reason, idle_unmet=record.unmet)
+        case WaitChanged():
+            _set_job(
+                state,
+                state.jobs[record.job_id],
+                gathered_ms=record.gathered_ms,
+                standby_ms=record.standby_ms,
+            )
+        case LeasesRefreshed():
+            _refresh(state, record)
+        case _:
+            assert_never(record)
+
+
+def look_at_everything(state: State) -> None:
+    """Put the whole state on the agenda: after a restart nothing is known to be quiet."""
+    agenda = state.agenda
+    agenda.agents = dict.fromkeys(state.agents)
+    agenda.jobs = dict.fromkeys(state.jobs)
+    agenda.live = {job.job_id: None for job in state.jobs.values() if job.phase not in ENDED}
+    agenda.slots = True
+    agenda.due = {}
+    agenda.heap = []
+
+
+# ------------------------------------------------------------------------------------- pieces
+
+
+def _set(state: State, agent_id: AgentId, **changes: Any) -> Agent:
+    agent = replace(state.agents[agent_id], **changes)
+    state.agents[agent_id] = agent
+    return agent
+
+
+def _look_at_job_of(state: State, agent_id: AgentId) -> None:
+    job_id = state.agents[agent_id].job_id
+    if job_id is not None:
+        state.agenda.jobs[job_id] = None
+
+
+def _set_and_look(state: State, agent_id: AgentId, **changes: Any) -> None:
+    """Change something by which agents are matched and generations are formed."""
+    agent = _set(state, agent_id, **changes)
+    state.agenda.agents[agent_id] = None
+    if agent.job_id is not None:
+        state.agenda.jobs[agent.job_id] = None
+
+
+def _presence(state: State, agent_id: AgentId, presence: Presence, at_ms: int, **changes: Any) -> None:
+    if state.agents[agent_id].presence is not presence:
+        changes["presence_since_ms"] = at_ms
+    _set_and_look(state, agent_id, presence=presence, **changes)
+
+
+def _arrive(state: State, record: AgentArrived) -> None:
+    agent = state.agents[record.agent_id]
+    changes: dict[str, Any] = {}
+    if agent.incarnation != record.incarnation:
+        changes = {"readiness": None, "last_generation": 0, "step": 0, "activity": "", "tokens_per_s": 0.0}
+        if agent.drain_until_left:
+            changes |= {"draining": False, "drain_reason": "", "drain_until_left": False}
+    _presence(
+        state,
+        record.agent_id,
+        Presence.READY,
+        record.at_ms,
+        session_id=record.session_id,
+        session_closed_ms=None,
+        incarnation=record.incarnation,
+        facts=record.facts,
+        torchrun_job=record.torchrun_job,
+        lease_until_ms=record.at_ms + state.timing.lease_ms,
+        disk_free_bytes=record.facts.disk_free_bytes,
+        held_job=record.held_job,
+        idle_reason="",
+        idle_unmet=(),
+        **changes,
+    )
+
+
+def _look_at_idle(state: State) -> None:
+    """The set of jobs that want agents changed: each idle agent may be matched, or told another reason."""
+    state.agenda.slots = True
+    state.agenda.agents.update(
+        (agent.agent_id, None)
+        for agent in state.agents.values()
+        if agent.job_id is None and agent.session_id is not None
+    )
+
+
+def _set_job(state: State, job: Job, **changes: Any) -> Job:
+    changed = replace(job, **changes)
+    state.jobs[job.job_id] = changed
+    state.agenda.jobs[job.job_id] = None
+    return changed
+
+
+def _generation(state: State, job_id: JobId) -> tuple[Job, Generation]:
+    job = state.jobs[job_id]
+    assert job.generation is not None, f"job {job_id} has no generation"
+    return job, job.generation
+
+
+def _set_generation(state: State, job: Job, generation: Generation) -> None:
+    _set_job(state, job, generation=generation)
+
+
+def _expelled(generation: Generation | None, agent_id: AgentId) -> Generation | None:
+    """Without the agent for good: should it be assigned again, it comes as a joiner."""
+    if generation is None:
+        return None
+    inside = agent_id in generation.leaving or any(m.agent_id == agent_id for m in generation.members)
+    if not inside or agent_id in generation.gone:
+        return generation
+    return replace(
+        generation,
+        gone=(*generation.gone, agent_id),
+        leaving=_without(generation.leaving, agent_id),
+        holders=_without(generation.holders, agent_id),
+    )
+
+
+def _without(agents: tuple[AgentId, ...], gone: AgentId) -> tuple[AgentId, ...]:
+    return tuple(agent for agent in agents if agent != gone)
+
+
+def _phase(state: State, record: JobPhaseChanged) -> None:
+    job = state.jobs[record.job_id]
+    generation = job.generation
+    over = record.phase in ENDED or record.phase is JobPhase.PAUSED
+    if over and generation is not None:
+        generation = replace(generation, leaving=(), holders=())
+    _set_job(
+        state,
+        job,
+        phase=record.phase,
+        phase_why=record.why,
+        phase_detail=record.detail,
+        phase_since_ms=record.at_ms,
+        generation=generation,
+        gathered_ms=None,
+        standby_ms=None,
+    )
+    if record.phase in ENDED:
+        state.agenda.live.pop(record.job_id, None)
+    if over or record.phase in (JobPhase.QUEUED, JobPhase.STOPPING):
+        _look_at_idle(state)
+
+
+def _plan(state: State, record: GenerationPlanned) -> None:
+    new = record.generation
+    job = state.jobs[record.job_id]
+    begins = new.fresh or new.from_checkpoint_step is not None
+    _set_job(
+        state,
+        job,
+        generation=new,
+        generation_count=new.number,
+        lineage=new.number if begins else job.lineage,
+        gathered_ms=None,
+        standby_ms=None,
+    )
+    for member in new.members:
+        if member.group_rank == 0:  # its store is used up by this plan
+            _set(state, member.agent_id, last_generation=new.number, readiness=None)
+        else:
+            _set(state, member.agent_id, last_generation=new.number)
+    for agent_id in new.leaving:
+        _set(state, agent_id, readiness=None)
+
+
+def _form(state: State, record: MemberFormed) -> None:
+    job, generation = _generation(state, record.job_id)
+    formed = (*generation.formed, record.agent_id)
+    complete = len(formed) == len(generation.members)
+    digest = record.state_digest
+    if generation.formed and digest != generation.formed_digest:
+        digest = ""
+    holders = generation.holders
+    if record.agent_id not in holders:
+        holders = (*holders, record.agent_id)
+    if complete:  # who is still leaving an older generation falls behind from here on
+        holders = tuple(member.agent_id for member in generation.members)
+    job = _set_job(
+        state,
+        job,
+        generation=replace(
+            generation,
+            formed=formed,
+            formed_ms=record.at_ms if complete else None,
+            formed_digest=digest,
+            holders=holders,
+        ),
+    )
+    if complete and digest and record.step == job.committed_step:
+        _set_job(state, job, committed_digest=digest)
+
+
+def _commit_steps(state: State, record: StepsCommitted) -> None:
+    job = state.jobs[record.job_id]
+    forgiven = job.failures > 0 and record.last_step >= job.failed_step + FORGOTTEN_AFTER_STEPS
+    state.jobs[record.job_id] = replace(
+        job,
+        committed_step=record.last_step,
+        committed_digest="",
+        total_tokens=job.total_tokens + record.tokens,
+        failures=0 if forgiven else job.failures,
+        prepare_failed=() if forgiven else job.prepare_failed,
+    )
+    if job.pending or job.phase is not JobPhase.RUNNING:
+        state.agenda.jobs[record.job_id] = None
+
+
+def _record_shard(state: State, record: ShardRecorded) -> None:
+    job = state.jobs[record.job_id]
+    found = next((p for p in job.pending if p.step == record.step), None)
+    if found is None:
+        found = PendingCheckpoint(
+            step=record.step,
+            generation=record.generation,
+            count=record.count,
+            state_digest=record.state_digest,
+            header_json=record.header_json,
+            shards=(),
+        )
+    shards = tuple(sorted((*found.shards, record.shard), key=lambda shard: shard.index))
+    others = tuple(p for p in job.pending if p.step != record.step)
+    pending = tuple(sorted((*others, replace(found, shards=shards)), key=lambda p: p.step))
+    _set_job(state, job, pending=pending)
+
+
+def _refresh(state: State, record: LeasesRefreshed) -> None:
+    until_ms = dict(record.until_ms)
+    for agent_id, agent in state.agents.items():
+        state.agents[agent_id] = replace(
+            agent,
+            session_id=None,
+            session_closed_ms=None,
+            readiness=None,
+            lease_until_ms=until_ms.get(agent_id, 0),
+            idle_reason="",
+            idle_unmet=(),
+        )
+    for job_id, job in state.jobs.items():
+        state.jobs[job_id] = replace(job, gathered_ms=None, standby_ms=None)
+    look_at_everything(state)
