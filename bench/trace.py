@@ -1,7 +1,7 @@
 """The committed steps of every worker, as they happen.
 
-A fleet's workers write one JSON line per committed step to the file named by MUSTER_STEP_TRACE.  Here
-that file is a FIFO: lines shorter than PIPE_BUF (4,096 bytes) arrive whole however many workers write,
+A fleet's workers write one JSON line per committed step to the file named by MUSTER_STEP_TRACE
+(`trainer/trace.py`).  Here that file is a FIFO: lines shorter than PIPE_BUF (4,096 bytes) arrive whole however many workers write,
 a reader thread takes them out at once, and whoever waits for a step is woken by it.  Times are
 CLOCK_MONOTONIC, which all processes of one machine share.
 """
@@ -15,8 +15,6 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-
-ENVIRONMENT = "MUSTER_STEP_TRACE"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,11 +32,6 @@ class Commit:
     """The worker's parent when it started."""
     loss: float | None = None
     """Mean loss of the step, where the worker knows it."""
-
-    def as_line(self) -> bytes:
-        """The line a worker writes."""
-        fields = {name: getattr(self, name) for name in self.__slots__}
-        return json.dumps(fields).encode() + b"\n"
 
 
 class StepTrace:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import signal
 
-from torch.distributed.distributed_c10d import TCPStore
+from torch._C._distributed_c10d import TCPStore
 
 
 def main() -> None:

@@ -1,15 +1,11 @@
-"""Model, batches and step trace of the baselines: the same as Muster's own worker has."""
+"""Model, optimizer and batches of the baselines: the same as Muster's own worker has."""
 
 from __future__ import annotations
-
-import os
-import time
 
 import torch
 from torch import Tensor, nn
 
 from bench.job import SLICE_SEQUENCES, SLICES_PER_STEP, job_file
-from bench.trace import ENVIRONMENT, Commit
 from trainer.config import parse_config
 from trainer.model import GPT, configure_optimizer, model_shape
 
@@ -43,26 +39,3 @@ def batch(seed: int, step: int, rank: int, world: int) -> tuple[Tensor, Tensor]:
     sequences = max(1, SLICES_PER_STEP * SLICE_SEQUENCES // world)
     tokens = torch.randint(0, 256, (sequences, _CONFIG.train.seq_len + 1), generator=generator)
     return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
-
-
-class StepWriter:
-    """Reports committed steps to the step trace; without one in the environment, to nobody."""
-
-    def __init__(self) -> None:
-        path = os.environ.get(ENVIRONMENT)
-        self._fd = os.open(path, os.O_WRONLY | os.O_APPEND) if path else None
-        self._parent = os.getppid()
-
-    def committed(self, *, step: int, generation: int, world: int, rank: int) -> None:
-        """To be called when the optimizer has applied `step`."""
-        commit = Commit(
-            step=step,
-            t_ns=time.monotonic_ns(),
-            generation=generation,
-            world=world,
-            rank=rank,
-            pid=os.getpid(),
-            ppid=self._parent,
-        )
-        if self._fd is not None:
-            os.write(self._fd, commit.as_line())

@@ -11,11 +11,16 @@ from datetime import timedelta
 from typing import Any
 
 import torch
-from torch.distributed import GradBucket
-from torch.distributed.distributed_c10d import TCPStore
-from torchft import DistributedDataParallel, Manager, Optimizer, ProcessGroupGloo
+from torch._C._distributed_c10d import GradBucket, TCPStore
+from torchft import (  # type: ignore[import-not-found]  # in an environment of its own
+    DistributedDataParallel,
+    Manager,
+    Optimizer,
+    ProcessGroupGloo,
+)
 
-from bench.baselines.tiny import StepWriter, batch, build, optimizer_for
+from bench.baselines.tiny import batch, build, optimizer_for
+from trainer.trace import StepTrace
 
 
 def patched_hook(state: Manager, bucket: GradBucket) -> torch.futures.Future[torch.Tensor]:
@@ -78,15 +83,15 @@ def main() -> None:
     )
     ddp = DistributedDataParallel(manager, model)
     optimizer = Optimizer(manager, inner)
-    steps = StepWriter()
+    steps = StepTrace()
     while True:
         before = manager.current_step()
         optimizer.zero_grad()
         # Which replica this is may only be known when the quorum is; any batch serves the clock.
         tokens, targets = batch(args.seed, before + 1, 0, args.min_replicas)
+        time.sleep(args.delay_ms / 1000)
         loss = ddp(tokens, targets)
         loss.backward()
-        time.sleep(args.delay_ms / 1000)
         optimizer.step()
         if manager.current_step() > before:
             steps.committed(

@@ -16,7 +16,8 @@ import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch.nn.parallel import DistributedDataParallel
 
-from bench.baselines.tiny import StepWriter, batch, build, optimizer_for
+from bench.baselines.tiny import batch, build, optimizer_for
+from trainer.trace import StepTrace
 
 
 def save(path: Path, step: int, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
@@ -71,14 +72,14 @@ def main() -> None:
     # Names this world: TORCHELASTIC_RESTART_COUNT differs between agents, so rank 0's clock serves.
     epoch = torch.tensor([time.monotonic_ns()])
     dist.broadcast(epoch, src=0)
-    steps = StepWriter()
+    steps = StepTrace()
     while not args.steps or step < args.steps:
         step += 1
         optimizer.zero_grad(set_to_none=True)
         tokens, targets = batch(args.seed, step, rank, world)
+        time.sleep(args.delay_ms / 1000)
         loss = ddp(tokens, targets)
         loss.backward()
-        time.sleep(args.delay_ms / 1000)
         optimizer.step()
         steps.committed(step=step, generation=int(epoch.item()), world=world, rank=rank)
         if rank == 0 and step % args.every_steps == 0:

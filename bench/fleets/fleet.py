@@ -37,6 +37,8 @@ class Shape:
     silence_s: float = 1.0
     """How long a system may wait before it takes silence for death, where it lets us choose."""
     device: str = "cpu"
+    cards: int = 1
+    """CUDA cards that members take turns in."""
     seed: int = 1
 
 

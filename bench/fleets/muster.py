@@ -87,9 +87,7 @@ class Muster(Fleet):
         """Which card member `index` lends: they take turns."""
         if self.shape.device == "cpu":
             return ()
-        import torch
-
-        return ("--gpus", str(index % torch.cuda.device_count()))
+        return ("--gpus", str(index % self.shape.cards))
 
     def job(self) -> dict[str, Any]:
         """The job file that is submitted."""
@@ -116,6 +114,10 @@ class Muster(Fleet):
         path = self.home / "job.yaml"
         path.write_text(yaml.safe_dump(self.job()), encoding="utf-8")
         self.job_id = str(self._muster("job", "submit", str(path))["job_id"])
+
+    def command(self, verb: str) -> None:
+        """`muster job VERB` for the job."""
+        self._muster("job", verb, self.job_id)
 
     def _muster(self, *arguments: str) -> Any:
         identity = ("--identity", str(self._home / "admin.json"), "--address", self._addresses["main"])

@@ -5,18 +5,17 @@ A new world goes on `repeats` steps before the last one; -1 means: leave as soon
 
 from __future__ import annotations
 
-import os
 import sys
 import time
 from pathlib import Path
 
-from bench.trace import ENVIRONMENT, Commit
+from trainer.trace import StepTrace
 
 
 def main() -> None:
     directory, me = Path(sys.argv[1]), sys.argv[2]
     silence_s, repeats = float(sys.argv[3]), int(sys.argv[4])
-    fd = os.open(os.environ[ENVIRONMENT], os.O_WRONLY)
+    trace = StepTrace()
     known: list[str] = []
     step = 0
     while True:
@@ -29,16 +28,12 @@ def main() -> None:
             known = present
             step = max(0, step - max(0, repeats))
         step += 1
-        commit = Commit(
+        trace.committed(
             step=step,
-            t_ns=time.monotonic_ns(),
             generation=sum(1 << int(name) for name in known),
             world=len(known),
             rank=known.index(me),
-            pid=os.getpid(),
-            ppid=os.getppid(),
         )
-        os.write(fd, commit.as_line())
         time.sleep(0.01)
 
 
