@@ -35,6 +35,7 @@ log = structlog.get_logger(__name__)
 STOP_GRACE_S = 5.0
 DEFAULT_STEP_TIMEOUT_S = 300.0  # the job file's own default
 PONG_TIMEOUT_S = 30.0
+FAREWELL_S = 1.0
 STEADY_S = 5.0  # a worker that lived this long in a generation is not crash-looping
 LONGEST_DELAY_S = 60.0
 FETCHES_AT_ONCE = 4
@@ -458,7 +459,8 @@ class JobRun:
                 pass  # its memory is as good as before; another plan will come
             case _:
                 slot.reported = True
-                slot.worker.condemn(f"failed: {message.detail}")
+                # It is about to end by itself and may still be writing why.
+                self._loop.call_later(FAREWELL_S, slot.worker.condemn, f"failed: {message.detail}")
 
     def _ponged(self, slot: Slot, message: control.Pong) -> None:
         if message.sequence == slot.pings:

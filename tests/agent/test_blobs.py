@@ -1,0 +1,98 @@
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import AsyncIterator
+
+import grpc.aio
+import pytest
+
+from agent.blobs import BlobCache, BlobClient, checkpoint_digests, dataset_digests
+from agent.errors import BlobError
+from agent.home import Home
+from protos import agent_pb2_grpc, wire
+from tests.agent.fake_coordinator import FakeCoordinator
+
+DATA = bytes(range(256)) * 40
+DIGEST = hashlib.sha256(DATA).hexdigest()
+
+
+@pytest.fixture
+async def blobs(coordinator: FakeCoordinator, home: Home) -> AsyncIterator[BlobClient]:
+    identity = coordinator.authority.identity("a1", coordinator.address)
+    async with wire.aio_channel(identity) as channel:
+        yield BlobClient(lambda: agent_pb2_grpc.AgentServiceStub(channel), BlobCache(home.blobs))
+
+
+async def test_blob_is_fetched_once_and_verified(blobs: BlobClient, coordinator: FakeCoordinator) -> None:
+    coordinator.blobs[DIGEST] = DATA
+    assert (await blobs.fetch(DIGEST)).read_bytes() == DATA
+    await blobs.fetch(DIGEST)
+    assert coordinator.gets == [(DIGEST, 0)]
+
+
+async def test_broken_download_resumes_where_it_broke(
+    blobs: BlobClient, coordinator: FakeCoordinator
+) -> None:
+    coordinator.blobs[DIGEST] = DATA
+    coordinator.break_gets_after = 4000
+    with pytest.raises(grpc.aio.AioRpcError):
+        await blobs.fetch(DIGEST)
+    assert not blobs.cache.path(DIGEST).exists()
+    assert (await blobs.fetch(DIGEST)).read_bytes() == DATA
+    assert coordinator.gets == [(DIGEST, 0), (DIGEST, 4000)]
+
+
+async def test_bytes_that_hash_to_something_else_never_enter_the_cache(
+    blobs: BlobClient, coordinator: FakeCoordinator
+) -> None:
+    coordinator.blobs[DIGEST] = DATA[:-1] + b"!"
+    with pytest.raises(BlobError, match=DIGEST):
+        await blobs.fetch(DIGEST)
+    assert list(blobs.cache.root.iterdir()) == []
+
+
+async def test_damaged_blob_is_noticed_and_fetched_again(
+    blobs: BlobClient, coordinator: FakeCoordinator
+) -> None:
+    coordinator.blobs[DIGEST] = DATA
+    path = await blobs.fetch(DIGEST)
+    path.write_bytes(b"x" + DATA[1:])
+    assert (await blobs.fetch(DIGEST)).read_bytes() == DATA
+    assert len(coordinator.gets) == 2
+
+
+async def test_upload_sends_only_what_is_missing(blobs: BlobClient, coordinator: FakeCoordinator) -> None:
+    blobs.cache.path(DIGEST).write_bytes(DATA)
+    await blobs.upload(DIGEST)
+    assert coordinator.blobs == {DIGEST: DATA}
+    blobs.cache.path(DIGEST).unlink()
+    await blobs.upload(DIGEST)
+
+
+async def test_upload_of_an_absent_blob_names_it(blobs: BlobClient) -> None:
+    with pytest.raises(BlobError, match=DIGEST):
+        await blobs.upload(DIGEST)
+
+
+def test_trim_removes_the_oldest_that_nobody_uses(home: Home) -> None:
+    cache = BlobCache(home.blobs)
+    digests = [hashlib.sha256(bytes([n])).hexdigest() for n in range(4)]
+    for age, digest in enumerate(digests):
+        cache.path(digest).write_bytes(b"x" * 100)
+        os.utime(cache.path(digest), (age, age))
+    assert cache.trim({digests[0]}, 250) == 200
+    assert sorted(path.name for path in home.blobs.iterdir()) == sorted([digests[0], digests[3]])
+    assert cache.trim(digests, 0) == 0
+
+
+def test_blob_names_that_are_not_digests_are_refused(home: Home) -> None:
+    with pytest.raises(BlobError, match="64 hex digits"):
+        BlobCache(home.blobs).path("../identity.json")
+
+
+def test_malformed_manifests_are_refused() -> None:
+    with pytest.raises(BlobError, match="malformed"):
+        dataset_digests('{"splits": [1]}')
+    with pytest.raises(BlobError, match="malformed"):
+        checkpoint_digests('{"step": "x"}')
