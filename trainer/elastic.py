@@ -643,19 +643,28 @@ class ElasticGroup:
         else:
             self._last = NO_OUTCOME
 
-    def _agree(self, plan: control.Plan, group: Group) -> None:
-        """Settle on one state, bring everybody to it, and say so."""
-        mine = Claim(
-            rank=group.rank,
+    def _claim(self, rank: int) -> Claim:
+        return Claim(
+            rank=rank,
             holds=self._holds,
             step=self.step,
             digest=self._state.digest() if self._holds else "",
         )
-        claims = [Claim.of(rank, row) for rank, row in enumerate(group.exchange(mine.row()))]
-        if plan.source == "memory":
-            chosen = agreement.reference(claims, plan.committed_step, plan.committed_digest)
-        else:
-            chosen = claims[0] if claims[0].holds else None
+
+    def _agree(self, plan: control.Plan, group: Group) -> None:
+        """Settle on one state, bring everybody to it, and say so."""
+        claims = [
+            Claim.of(rank, row) for rank, row in enumerate(group.exchange(self._claim(group.rank).row()))
+        ]
+        match plan.source:
+            case "memory":
+                chosen = agreement.reference(claims, plan.committed_step, plan.committed_digest)
+            case "fresh":
+                chosen = agreement.reference([claim for claim in claims if claim.step == 0], 0, "")
+            case "checkpoint":
+                leader = claims[0]
+                named = plan.checkpoint_step is None or leader.step == plan.checkpoint_step
+                chosen = leader if leader.holds and named else None
         if chosen is None:
             if group.rank == 0:
                 self._fail(
