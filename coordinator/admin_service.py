@@ -68,7 +68,7 @@ class AdminService(admin_pb2_grpc.AdminServiceServicer):
     async def _decided(self, event: Event) -> None:
         reply = await self._loop.submit(event)
         log.info(
-            "operator", by=caller.get().id, event=type(event).__name__, refused=isinstance(reply, Refused)
+            "operator", by=caller.get().id, command=type(event).__name__, refused=isinstance(reply, Refused)
         )
         if isinstance(reply, Refused):
             raise CallRefusedError(reply.refusal, reply.message)

@@ -301,14 +301,15 @@ class AgentService(agent_pb2_grpc.AgentServiceServicer):
             case _:
                 reply = await self._loop.submit(translate.report(message, agent_id))
         if isinstance(reply, Refused):
-            # Late messages are normal: the fence exists for them.  Only broken ones end the session.
+            # Late messages, and steps that arrive before a peer's earlier ones, are normal: the fence exists
+            # for them, and what is not acknowledged is sent again.
             bound.info(
                 "report refused",
                 kind=message.WhichOneof("body"),
                 why=reply.refusal.name,
                 message=reply.message,
             )
-            if reply.refusal in {Refusal.INVALID, Refusal.BANNED, Refusal.UNKNOWN_AGENT}:
+            if reply.refusal in {Refusal.BANNED, Refusal.UNKNOWN_AGENT}:
                 raise CallRefusedError(reply.refusal, reply.message)
 
     async def _progress(self, session: OpenSession, message: agent_pb2.Progress) -> Reply | None:

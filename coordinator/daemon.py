@@ -203,8 +203,11 @@ def revoke(home: Path, role: str, name: str) -> None:
 
 
 def _configure_logs(*, console: bool) -> None:
+    # Plain tracebacks: the pretty ones show local variables, and with them secrets.
     renderer: structlog.types.Processor = (
-        structlog.dev.ConsoleRenderer() if console else structlog.processors.JSONRenderer()
+        structlog.dev.ConsoleRenderer(exception_formatter=structlog.dev.plain_traceback)
+        if console
+        else structlog.processors.JSONRenderer()
     )
     chain: list[structlog.types.Processor] = [
         structlog.contextvars.merge_contextvars,

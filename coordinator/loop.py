@@ -30,16 +30,23 @@ from coordinator.core.model import (
     Record,
     Refused,
     Reply,
-    SessionOpened,
     State,
     StepsRolledBack,
     Tick,
     Timing,
 )
-from coordinator.core.pushes import resync
 from coordinator.core.settle import next_deadline
 from coordinator.core.step import step
-from coordinator.journal import Entry, EvaluationRow, Journal, RecordRow, Rollback, Snapshot, StepRow
+from coordinator.journal import (
+    Entry,
+    EvaluationRow,
+    Journal,
+    JournalError,
+    RecordRow,
+    Rollback,
+    Snapshot,
+    StepRow,
+)
 
 log = structlog.get_logger("coordinator.loop")
 Answer = TypeVar("Answer")
@@ -90,13 +97,20 @@ def restore(journal: Journal, timing: Timing, until: int | None = None) -> State
 
     Raise JournalError if it is damaged."""
     snapshot = journal.snapshot(until)
-    if snapshot is None:
-        state, after = State(timing=timing), 0
-    else:
-        state, after = codec.decode_state(snapshot.body), snapshot.sequence
-        state.timing = timing
-    for stored in journal.history(after, until):
-        evolve(state, codec.decode_record(stored.body))
+    where = "snapshot"
+    try:
+        if snapshot is None:
+            state, after = State(timing=timing), 0
+        else:
+            state, after = codec.decode_state(snapshot.body), snapshot.sequence
+            state.timing = timing
+        for stored in journal.history(after, until):
+            where = f"record {stored.sequence}"
+            evolve(state, codec.decode_record(stored.body))
+    except codec.CodecError as error:
+        raise JournalError(
+            f"journal {journal.path}: {where} is not what this musterd writes ({error}); was it written by a newer one?"
+        ) from error
     return state
 
 
@@ -274,7 +288,7 @@ class Loop:
         outcome = step(self.state, ticket.at_ms, ticket.event)
         ticket.answer = outcome.reply
         ticket.records = outcome.records
-        ticket.pushes = self._pushes(ticket.event, outcome.reply, outcome.pushes)
+        ticket.pushes = outcome.pushes
         durable = [record for record in outcome.records if codec.is_durable(record)]
         steps, evaluations = self._new_rows(ticket, outcome.reply)
         if not durable and not evaluations:
@@ -308,13 +322,6 @@ class Loop:
         return steps, tuple(
             row for row in ticket.evaluations if row.step <= committed.get(JobId(row.job_id), -1)
         )
-
-    def _pushes(self, event: Event, reply: Reply, pushes: tuple[Push, ...]) -> tuple[Push, ...]:
-        if not isinstance(event, SessionOpened) or isinstance(reply, Refused):
-            return pushes
-        # The newcomer is told everything, in place of what changed just now.
-        others = tuple(push for push in pushes if push.agent_id != event.agent_id)
-        return others + tuple(resync(self.state, event.agent_id))
 
     def _release(self, ticket: Ticket) -> None:
         if ticket.event is not None:

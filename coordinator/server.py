@@ -85,6 +85,7 @@ class Coordinator:
         self._run = home / "run"
         self._run.mkdir(mode=0o700, exist_ok=True)
         self._lock = _lock(self._run / "lock")
+        (self._run / "addresses.json").unlink(missing_ok=True)  # of a process that was killed
         self._die = die
         blobs = config.blobs
         self.journal = Journal(home / "journal.db")

@@ -146,6 +146,12 @@ def waiting_text(not_yet: NotYet) -> str:
             return "an agent is ready to join; the generation is too young to be cut"
         case Why.FORMING:
             return f"{have} of {need} members have formed the generation"
+        case Why.UNREACHABLE:
+            return "a member that is needed has no open session; it is expected back"
+        case Why.RELEASING:
+            return f"{have} of {need} agents have left the last generation"
+        case Why.CHECKPOINTING:
+            return "the last checkpoint is still being stored"
         case other:
             return str(other.value).replace("_", " ")
 

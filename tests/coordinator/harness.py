@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from coordinator.config import CoordinatorConfig
 from coordinator.identity import Authority, Role
 from coordinator.server import Coordinator, exit_at_once
 from protos import admin_pb2, admin_pb2_grpc, agent_pb2, agent_pb2_grpc
-from protos.wire import PROTOCOL, Identity, JoinToken, aio_channel, enroll_channel
+from protos.wire import PROTOCOL, SERVER_NAME, Identity, JoinToken, aio_channel
 
 RPC_TIMEOUT_S = 20.0
 
@@ -125,7 +126,7 @@ class RunningCoordinator:
     @contextlib.asynccontextmanager
     async def enroll_stub(self) -> AsyncIterator[agent_pb2_grpc.AgentServiceAsyncStub]:
         credentials = grpc.ssl_channel_credentials(root_certificates=self.authority.certificate_pem)
-        options = [("grpc.ssl_target_name_override", "coordinator.muster.internal")]
+        options = [("grpc.ssl_target_name_override", SERVER_NAME)]
         async with grpc.aio.secure_channel(self.enroll_address, credentials, options=options) as channel:
             yield agent_pb2_grpc.AgentServiceStub(channel)
 
@@ -157,11 +158,51 @@ async def running_coordinator(
             await coordinator.stop()
 
 
-__all__ = [
-    "RunningCoordinator",
-    "enroll_channel",
-    "loopback_config",
-    "make_home",
-    "running_coordinator",
-    "signing_request",
-]
+class AgentSession:
+    """An agent's session as a conforming agent would hold it, driven by a test."""
+
+    def __init__(self, stub: agent_pb2_grpc.AgentServiceAsyncStub) -> None:
+        self.call = stub.Session()
+
+    async def say(self, **body: Any) -> None:
+        """Send one message: `say(heartbeat=Heartbeat(...))`."""
+        await self.call.write(agent_pb2.AgentMessage(**body))
+
+    async def hello(self, incarnation: str = "i1", **changes: Any) -> agent_pb2.Welcome:
+        """Send Hello and return the Welcome."""
+        await self.say(hello=a_hello(incarnation, **changes))
+        return (await self.hear("welcome")).welcome
+
+    async def hear(self, kind: str) -> agent_pb2.CoordinatorMessage:
+        """The next message of this kind; others on the way are passed over."""
+        async with asyncio.timeout(RPC_TIMEOUT_S):
+            while True:
+                message = await self.call.read()
+                assert message is not grpc.aio.EOF, f"the session ended before {kind}"
+                if message.WhichOneof("body") == kind:
+                    return message
+
+    async def ended(self) -> None:
+        """Wait until the coordinator has ended the stream."""
+        async with asyncio.timeout(RPC_TIMEOUT_S):
+            while await self.call.read() is not grpc.aio.EOF:
+                pass
+
+    def cut(self) -> None:
+        """Drop the stream, as a killed agent does."""
+        self.call.cancel()
+
+
+def a_hello(incarnation: str = "i1", **changes: Any) -> agent_pb2.Hello:
+    """The Hello of a small CPU machine."""
+    probe = agent_pb2.Probe(
+        torch_version="2.13.0",
+        backends=["gloo"],
+        cpu_count=2,
+        memory_bytes=8 << 30,
+        disk_free_bytes=100 << 30,
+        hostname="box",
+        advertise_host="127.0.0.1",
+        worker_count=1,
+    )
+    return agent_pb2.Hello(**{"protocol": PROTOCOL, "incarnation": incarnation, "probe": probe, **changes})

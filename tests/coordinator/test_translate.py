@@ -197,8 +197,11 @@ def test_a_datasets_blobs_are_all_found_once() -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["[]", "{", '{"format":"x"}', '{"format":"muster-dataset-1"}']
-    + [
+    [
+        "[]",
+        "{",
+        '{"format":"x"}',
+        '{"format":"muster-dataset-1"}',
         '{"format":"muster-dataset-1","splits":{"train":[{"digest":"zz"}]}}',
         '{"format":"muster-dataset-1","splits":[]}',
     ],
