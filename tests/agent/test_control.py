@@ -7,6 +7,7 @@ import dataclasses
 import socket
 import stat
 import typing
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ from trainer import control as worker
 EXAMPLES: dict[object, object] = {int: 3, float: 0.5, str: "x", bool: True, dict[str, typing.Any]: {"a": 1}}
 
 
-def example(kind: type[typing.Any], **known: object) -> typing.Any:
+def example(kind: type[typing.Any], /, **known: object) -> typing.Any:
     hints = typing.get_type_hints(kind)
     values = {
         field.name: known.get(field.name, EXAMPLES.get(hints[field.name]))
@@ -60,15 +61,21 @@ def test_lines_that_are_no_message_are_refused(line: bytes, words: str) -> None:
         control.decode(line)
 
 
-async def listening(tmp_path: Path, heard: list[control.Up], gone: asyncio.Future[str]) -> control.Connection:
-    connection = control.Connection(heard.append, gone.set_result)
-    await control.listen(tmp_path / "w", connection)
-    return connection
-
-
-async def test_socket_is_private_and_serves_one_worker_only(tmp_path: Path) -> None:
+@pytest.fixture
+async def served(tmp_path: Path) -> AsyncIterator[tuple[control.Connection, asyncio.Future[str]]]:
+    """The agent's end listening at `tmp_path/w`, and the reason for which its connection ends."""
     gone: asyncio.Future[str] = asyncio.get_running_loop().create_future()
-    connection = await listening(tmp_path, [], gone)
+    connection = control.Connection(lambda _: None, gone.set_result)
+    server = await control.listen(tmp_path / "w", connection)
+    yield connection, gone
+    server.close()
+    await gone
+
+
+async def test_socket_is_private_and_serves_one_worker_only(
+    served: tuple[control.Connection, asyncio.Future[str]], tmp_path: Path
+) -> None:
+    connection, gone = served
     assert stat.S_IMODE((tmp_path / "w").stat().st_mode) == 0o600
     reader, writer = await asyncio.open_unix_connection(tmp_path / "w")
     late, late_writer = await asyncio.open_unix_connection(tmp_path / "w")
@@ -76,19 +83,20 @@ async def test_socket_is_private_and_serves_one_worker_only(tmp_path: Path) -> N
     connection.send(control.Ping(sequence=1), control.Stop())
     assert await reader.readline() == b'{"type":"ping","sequence":1}\n'
     assert await reader.readline() == b'{"type":"stop"}\n'
-    writer.close()
-    late_writer.close()
+    for end in (writer, late_writer):
+        end.close()
+        await end.wait_closed()
     assert await gone == ""
 
 
-async def test_endless_line_ends_the_connection(tmp_path: Path) -> None:
-    gone: asyncio.Future[str] = asyncio.get_running_loop().create_future()
-    await listening(tmp_path, [], gone)
+async def test_endless_line_ends_the_connection(
+    served: tuple[control.Connection, asyncio.Future[str]], tmp_path: Path
+) -> None:
+    _, gone = served
     with socket.socket(socket.AF_UNIX) as peer:
         peer.setblocking(False)
         loop = asyncio.get_running_loop()
         await loop.sock_connect(peer, str(tmp_path / "w"))
         with pytest.raises(ConnectionError):
-            while True:
-                await loop.sock_sendall(peer, b"x" * 65_536)
+            await loop.sock_sendall(peer, b"x" * 8 * control.LINE_BYTES)
     assert "longer than" in await gone

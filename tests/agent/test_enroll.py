@@ -69,7 +69,7 @@ async def test_refused_token_names_the_reason(coordinator: FakeCoordinator) -> N
 
 
 def test_nobody_at_the_address_is_unreachable() -> None:
-    with pytest.raises(Unreachable, match="127.0.0.1:1") as caught:
+    with pytest.raises(Unreachable, match=r"127\.0\.0\.1:1") as caught:
         enroll(token(Authority()), "127.0.0.1:1", "box")
     assert caught.value.exit_code == 3
 

@@ -1,0 +1,116 @@
+"""Data and checkpoints reach the workers' directories whole, or the coordinator hears why not."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+from protos import agent_pb2
+from tests.agent.conftest import Volunteer, eventually, member
+from tests.agent.fake_coordinator import FakeCoordinator
+
+SHARD = b"parameters" * 500
+DIGEST = hashlib.sha256(SHARD).hexdigest()
+MANIFEST = json.dumps(
+    {"step": 40, "shards": [{"index": 0, "digest": DIGEST, "bytes": len(SHARD)}]},
+    sort_keys=True,
+    separators=(",", ":"),
+)
+
+
+def dataset(data: bytes) -> str:
+    shard = {"digest": hashlib.sha256(data).hexdigest(), "tokens": len(data) // 2}
+    return json.dumps({"format": "muster-dataset-1", "splits": {"train": [shard], "val": []}})
+
+
+async def test_leader_restores_before_its_worker_hears_of_the_plan(
+    volunteer: Volunteer, coordinator: FakeCoordinator
+) -> None:
+    await volunteer.start()
+    volunteer.assign({"steps": 1})
+    coordinator.blobs[DIGEST] = SHARD
+    ready = await coordinator.heard("ready")
+    volunteer.plan(3, ready, from_checkpoint=True, checkpoint_json=MANIFEST, committed_step=45)
+    await coordinator.heard("formed")
+    (plan,) = volunteer.told("plan")
+    assert (plan["source"], plan["checkpoint_step"]) == ("checkpoint", 40)
+    cache = volunteer.home.job("j1").cache
+    assert (cache / "manifests" / "40.json").read_text() == MANIFEST
+    assert (cache / "blobs" / DIGEST).read_bytes() == SHARD
+
+
+async def test_other_members_do_not_fetch_the_checkpoint(
+    volunteer: Volunteer, coordinator: FakeCoordinator
+) -> None:
+    await volunteer.start()
+    volunteer.assign()
+    ready = await coordinator.heard("ready")
+    members = [member("a2", 0), member("a1", 1)]
+    volunteer.plan(3, ready, members=members, from_checkpoint=True, checkpoint_json=MANIFEST)
+    await coordinator.heard("formed")
+    assert coordinator.gets == []
+
+
+async def test_damaged_shard_in_the_cache_is_fetched_again(
+    volunteer: Volunteer, coordinator: FakeCoordinator
+) -> None:
+    await volunteer.start()
+    volunteer.assign()
+    (volunteer.home.blobs / DIGEST).write_bytes(b"!" + SHARD[1:])
+    coordinator.blobs[DIGEST] = SHARD
+    volunteer.plan(3, await coordinator.heard("ready"), from_checkpoint=True, checkpoint_json=MANIFEST)
+    await coordinator.heard("formed")
+    assert (volunteer.home.blobs / DIGEST).read_bytes() == SHARD
+
+
+async def test_checkpoint_in_the_cache_is_not_fetched(
+    volunteer: Volunteer, coordinator: FakeCoordinator
+) -> None:
+    await volunteer.start()
+    volunteer.assign()
+    (volunteer.home.blobs / DIGEST).write_bytes(SHARD)
+    volunteer.plan(3, await coordinator.heard("ready"), from_checkpoint=True, checkpoint_json=MANIFEST)
+    await coordinator.heard("formed")
+    assert coordinator.gets == []
+
+
+async def test_checkpoint_that_nobody_has_is_reported_with_its_step(
+    volunteer: Volunteer, coordinator: FakeCoordinator
+) -> None:
+    await volunteer.start()
+    volunteer.assign()
+    volunteer.plan(3, await coordinator.heard("ready"), from_checkpoint=True, checkpoint_json=MANIFEST)
+    failed = await coordinator.heard("failed")
+    assert (failed.kind, failed.step, failed.generation) == (agent_pb2.FAILURE_KIND_RESTORE, 40, 3)
+    assert DIGEST in failed.detail
+    assert volunteer.told("plan") == []
+
+
+async def test_dataset_is_there_before_the_worker_starts(
+    volunteer: Volunteer, coordinator: FakeCoordinator, tmp_path: Path
+) -> None:
+    data = b"tokens" * 100
+    coordinator.blobs[hashlib.sha256(data).hexdigest()] = data
+    await volunteer.start()
+    assignment = agent_pb2.Assignment(job_id="j1", spec_json="{}", dataset_json=dataset(data))
+    coordinator.say(assignment=assignment)
+    await coordinator.heard("ready")
+    folder = volunteer.home.job("j1").data
+    assert (folder / "manifest.json").read_text() == dataset(data)
+    assert (folder / "blobs" / hashlib.sha256(data).hexdigest()).read_bytes() == data
+
+
+async def test_dataset_with_another_digest_is_a_failed_preparation(
+    volunteer: Volunteer, coordinator: FakeCoordinator
+) -> None:
+    digest = hashlib.sha256(b"what was promised").hexdigest()
+    coordinator.blobs[digest] = b"something else"
+    await volunteer.start()
+    assignment = agent_pb2.Assignment(job_id="j1", spec_json="{}", dataset_json=dataset(b"what was promised"))
+    coordinator.say(assignment=assignment)
+    failed = await coordinator.heard("failed")
+    assert failed.kind == agent_pb2.FAILURE_KIND_PREPARE
+    assert digest in failed.detail
+    assert not (volunteer.home.job("j1").data / "manifest.json").exists()
+    assert await eventually(lambda: volunteer.agent and volunteer.agent.status()["job"]["problem"])
