@@ -11,7 +11,7 @@ MODEL: dict[str, Any] = {
     "n_head": 2,
     "n_embd": 32,
     "block_size": 32,
-    "vocab_size": 256,
+    "vocab_size": 257,
 }
 SLICES_PER_STEP = 6
 SLICE_SEQUENCES = 1

@@ -25,7 +25,7 @@ _CONFIG = parse_config(
 def build(seed: int) -> GPT:
     """The benchmark's model; the same numbers in every process."""
     torch.set_num_threads(1)
-    return GPT(model_shape(_CONFIG.model, 256), seed=seed)
+    return GPT(model_shape(_CONFIG.model, 257), seed=seed)
 
 
 def optimizer_for(model: nn.Module) -> torch.optim.Optimizer:
@@ -37,5 +37,5 @@ def batch(seed: int, step: int, rank: int, world: int) -> tuple[Tensor, Tensor]:
     """This rank's share of a step's sequences: int64 inputs and targets, [sequences, seq_len]."""
     generator = torch.Generator().manual_seed(seed * 1_000_003 + step * 101 + rank)
     sequences = max(1, SLICES_PER_STEP * SLICE_SEQUENCES // world)
-    tokens = torch.randint(0, 256, (sequences, _CONFIG.train.seq_len + 1), generator=generator)
+    tokens = torch.randint(0, 257, (sequences, _CONFIG.train.seq_len + 1), generator=generator)
     return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
