@@ -211,9 +211,7 @@ class Coordinator:
             case grpc.StatusCode.UNAVAILABLE:
                 return self._explain_unavailable(details)
             case grpc.StatusCode.UNKNOWN | grpc.StatusCode.INTERNAL | grpc.StatusCode.CANCELLED:
-                return OperationFailed(
-                    f"coordinator at {self.address} failed: {code.name}: {details}; see its log"
-                )
+                return OperationFailed(f"coordinator at {self.address} failed: {code.name}: {details}")
             case _:
                 return Refused(code.name, details)
 

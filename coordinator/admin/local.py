@@ -28,13 +28,16 @@ if TYPE_CHECKING:
     from coordinator.admin.fleet import Fleet
     from coordinator.admin.submission import Submission
 
-POLL_S = 0.25
+POLL_S = 0.5
 PLAIN_LINE_S = 3.0
 FALL = 0.9
 """The mean loss of the last tenth of the steps must be below this part of the first tenth's."""
 QUIET = frozenset(
-    {"StepsCommitted", "MemberFormed", "MemberReleased", "MemberFinished", "ShardRecorded", "AgentSuspected"}
-)
+    {
+        "TokenCreated", "AgentAdmitted", "AgentSuspected", "AgentUnassigned", "StepsCommitted", "MemberFormed",
+        "MemberReleased", "MemberFinished", "ShardRecorded", "CheckpointRetired",
+    }
+)  # fmt: skip
 """Events that a progress view does not show."""
 SAMPLE_PROMPT = "The "
 
@@ -138,6 +141,7 @@ class Run:
     killed: str | None = None
     killed_at: float | None = None
     rejoined: str | None = None
+    joined: bool = False  # whether it has been a member
     begin: float = field(default_factory=time.monotonic)
 
     def carry_out(self, home: Path, output: Output, out: Path | None) -> dict[str, Any]:
@@ -168,7 +172,7 @@ class Run:
 
     def _watch(self, fleet: Fleet, coordinator: Coordinator, job_id: str, show: Progress) -> None:
         """Poll until the job has ended, killing and starting agents when their time comes."""
-        from coordinator.admin.job import ENDED, get_job
+        from coordinator.admin.job import ENDED, get_job, members
 
         while True:
             try:
@@ -185,6 +189,7 @@ class Run:
                 and self.job.get("committed_step")
             ):
                 self.training_since = now
+            self.joined = self.joined or self.rejoined in members(self.job).split(", ")
             fresh += self._disturb(fleet, now) + _gone(fleet)
             self.notes.extend(fresh)
             show.update(self, fresh)
@@ -241,6 +246,7 @@ class Run:
         return token
 
     def _new_events(self, coordinator: Coordinator) -> list[str]:
+        """What the coordinator decided since the last look, with names in place of ids."""
         from protos import admin_pb2
 
         fresh = []
@@ -249,7 +255,11 @@ class Run:
             self.sequence = event.sequence
             if event.kind not in QUIET:
                 fresh.append(event.text or event.kind)
-        return fresh
+        if not fresh:
+            return []
+        agents = coordinator.views(coordinator.stub.ListAgents, admin_pb2.ListRequest(all=True))
+        names = {str(view["id"]): str(view["name"]) for view in (*agents, self.job)}
+        return [_named(text, names) for text in fresh]
 
     # ------------------------------------------------------------------------------- afterwards
 
@@ -263,8 +273,11 @@ class Run:
         if self.job.get("phase") != "COMPLETED":
             problems.insert(0, f"the job ended {self.job.get('phase')}: {why(self.job)}")
         if self.kill_after_s is not None and self.killed is None:
-            self.notes.append("the job ended before anyone was to be killed")
-            click.echo(f"muster: --kill-after: {self.notes[-1]}; give it more steps", err=True)
+            click.echo("muster: the job ended before anyone was to be killed; give it more steps", err=True)
+        elif self.rejoin_after_s is not None and not self.joined:
+            click.echo(
+                "muster: the job ended before the fresh agent was a member; give it more steps", err=True
+            )
         first, last = first_and_last_loss(steps)
         return {
             "job_id": job_id,
@@ -275,7 +288,7 @@ class Run:
             "last_loss": last,
             "generations": (self.job.get("generation") or {}).get("number"),
             "killed": self.killed,
-            "rejoined": self.rejoined,
+            "rejoined": self.rejoined if self.joined else None,
             "seconds": round(time.monotonic() - self.begin, 1),
             "problems": problems,
         }
@@ -378,6 +391,13 @@ def _progress(output: Output) -> Iterator[Progress]:
     progress = LiveProgress(console)
     with progress.live:
         yield progress
+
+
+def _named(text: str, names: Mapping[str, str]) -> str:
+    """`text` with known ids replaced by names."""
+    for id_, name in names.items():
+        text = text.replace(f"{id_} ({name})", name).replace(id_, name)
+    return text
 
 
 def _facts(run: Run) -> list[tuple[str, str]]:
