@@ -18,7 +18,7 @@ from agent.enroll import fetch_certificates, validity
 from agent.errors import AgentError
 from agent.home import Home
 from agent.network import address_of, interface_of, reaching_address
-from protos import wire
+from protos import agent_pb2, agent_pb2_grpc, wire
 
 DISK_WANTED_BYTES = 10 * 2**30
 DISK_NEEDED_BYTES = 2**30
@@ -218,17 +218,24 @@ def _coordinator(address: str, identity: wire.Identity | None) -> Iterator[Findi
     yield from _clock(chain)
     if identity is None:
         return
-    try:
-        with wire.channel(identity, address) as channel:
-            grpc.channel_ready_future(channel).result(timeout=ANSWER_TIMEOUT_S)
-        yield ok("coordinator", "it proves to be the one we joined, and takes our certificate")
-    except grpc.FutureTimeoutError:
-        yield Finding(
-            level="fail",
-            subject="coordinator",
-            detail=f"{address} does not complete mutual TLS with our identity within {ANSWER_TIMEOUT_S:g} s",
-            advice="is it the coordinator that we joined, and its main port (not the enrolment port)? Otherwise join again",
-        )
+    yield _answer(identity, address)
+
+
+def _answer(identity: wire.Identity, address: str) -> Finding:
+    """Whether the coordinator proves to be ours and takes our identity: one harmless call."""
+    with wire.channel(identity, address) as channel:
+        try:
+            stub = agent_pb2_grpc.AgentServiceStub(channel)
+            stub.FindBlobs(agent_pb2.FindBlobsRequest(digests=["0" * 64]), timeout=ANSWER_TIMEOUT_S)
+        except grpc.RpcError as error:
+            return Finding(
+                level="fail",
+                subject="coordinator",
+                detail=f"{address} answers, but not to our identity: {error.details()}",
+                advice="is it the coordinator that we joined, and its main port (not the enrolment port)? "
+                "If so, run `muster-agent leave --forget` and join again",
+            )
+    return ok("coordinator", "it proves to be the one we joined, and takes our certificate")
 
 
 def _clock(chain: Sequence[x509.Certificate]) -> Iterator[Finding]:

@@ -36,6 +36,8 @@ STOP_GRACE_S = 5.0
 DEFAULT_STEP_TIMEOUT_S = 300.0  # the job file's own default
 PONG_TIMEOUT_S = 30.0
 FAREWELL_S = 1.0
+PROGRESS_RETRY_S = 0.5
+REFUSALS_ENDURED = 4
 STEADY_S = 5.0  # a worker that lived this long in a generation is not crash-looping
 LONGEST_DELAY_S = 60.0
 FETCHES_AT_ONCE = 4
@@ -52,6 +54,8 @@ _KINDS = {
     "diverged": agent_pb2.FAILURE_KIND_DIVERGED,
     "restore": agent_pb2.FAILURE_KIND_RESTORE,
 }
+# Means nothing once the generation is superseded; that a worker ended is true whatever was planned since.
+_OF_A_GENERATION = frozenset({agent_pb2.FAILURE_KIND_COLLECTIVE, agent_pb2.FAILURE_KIND_RESTORE})
 _DURATION = re.compile(r"^\s*([0-9.]+)\s*(ms|s|m|h|d)\s*$")
 _UNITS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86_400.0}
 
@@ -184,7 +188,11 @@ class JobRun:
         self._member: agent_pb2.Member | None = None
         self._leads = False
         self._released = 0  # generation whose plan released us, until the workers are out of the old one
+        self._released_told = 0
+        self._refusals = 0
+        self._finished_told = 0
         self._evidence: list[Evidence] = []
+        self._progress: tuple[agent_pb2.Progress, int] | None = None  # on its way, and its mark
         self._deadline: asyncio.TimerHandle | None = None
         self._output = Output(self.job_id, send)
         self._speed = Speed()
@@ -195,7 +203,6 @@ class JobRun:
         self._seat: ElasticSeat | None = None
         self._thread: threading.Thread | None = None
         self._announce_wanted = asyncio.Event()
-        self._last_end = (int(agent_pb2.FAILURE_KIND_KILLED), "a worker is not warm yet")
         self._checkpoints: dict[int, set[str]] = {}
         self._dataset: tuple[str, ...] = ()
 
@@ -328,7 +335,6 @@ class JobRun:
             kind = _CAUSES[end.cause]
             if not slot.warm and end.cause is Cause.PROGRAM:
                 kind = agent_pb2.FAILURE_KIND_PREPARE
-            self._last_end = (kind, end.detail)
             self._report(kind, end.detail)
         if slot.formed is not None and time.monotonic() - slot.formed_s > STEADY_S:
             self._crashes = 0
@@ -336,8 +342,7 @@ class JobRun:
             if sibling.planned:
                 sibling.worker.send(control.Abort(generation=sibling.planned))
         self._replace(worker.slot)
-        if slot.planned:
-            self._check_released()
+        self._check_released()
 
     def _heard(self, worker: Worker, message: control.Up) -> None:
         slot = self._slots.get(worker.slot)
@@ -496,7 +501,7 @@ class JobRun:
             return
         self.generation = plan.generation
         self._plan = plan
-        self._evidence.clear()
+        self._evidence = [e for e in self._evidence if e.message.failed.kind not in _OF_A_GENERATION]
         self._cancel_deadline()
         if self._restoring is not None:
             self._restoring.cancel()
@@ -506,23 +511,18 @@ class JobRun:
             return
         self._member = member
         self.member_of = plan.generation
-        self._released = 0
+        self._released = self._released_told = self._finished_told = 0
         self._leads = member.group_rank == 0
         if plan.from_checkpoint and plan.checkpoint_json and self._leads:
             self._restoring = self._tasks.start(self._restore(plan, member))
         else:
             self._hand_out(plan, member)
-        if self.lobby.pids:
+        if self.lobby.pids:  # otherwise it crossed our report of a worker's end, and another plan follows
             self.lobby.offer(plan)
-        else:
-            # The plan crossed our report of a worker's end, which bears the older generation's number.
-            kind, detail = self._last_end
-            self._report(kind, detail)
         if plan.from_checkpoint:
             self.ledger.rewind(checkpoint_step(plan))
         self.ledger.acknowledge(plan.committed_step if not plan.from_checkpoint else checkpoint_step(plan))
-        self.ledger.resend()
-        self._send_progress()
+        self._send_progress_anew()
         log.info(
             "job.plan", job=self.job_id, generation=plan.generation, rank=member.group_rank, why=plan.reason
         )
@@ -589,13 +589,16 @@ class JobRun:
         log.info("job.released", job=self.job_id, generation=plan.generation, why=plan.reason)
 
     def _check_released(self) -> None:
-        if not self._released or any(slot.planned for slot in self._slots.values()):
+        if self._released_told == self._released or any(slot.planned for slot in self._slots.values()):
             return
         self._cancel_deadline()
-        self._tell(released=agent_pb2.Released(job_id=self.job_id, generation=self._released))
-        self.member_of = 0
-        self._leads = False
-        self.announce()
+        if self._settled and self._tell(
+            released=agent_pb2.Released(job_id=self.job_id, generation=self._released)
+        ):
+            self._released_told = self._released
+            self.member_of = 0
+            self._leads = False
+            self.announce()
 
     async def _restore(self, plan: agent_pb2.Plan, member: agent_pb2.Member) -> None:
         """The leader brings the checkpoint into its cache before its workers hear of the plan."""
@@ -668,37 +671,82 @@ class JobRun:
     def delivered(self, mark: int) -> None:
         """What was sent with a mark up to this one has arrived."""
         self._evidence = [e for e in self._evidence if not 0 < e.mark <= mark]
+        if self._progress is not None and 0 < self._progress[1] <= mark:
+            self._refused_progress()  # heard, and not acknowledged
+
+    def acknowledged(self, step: int) -> None:
+        """The coordinator has all steps up to `step`."""
+        self.ledger.acknowledge(step)
+        if self._progress is not None:
+            sent = self._progress[0]
+            self.ledger.heard(sent)
+            if sent.steps and sent.steps[-1].step > step:
+                self._refused_progress()
+            else:
+                self._refusals = 0
+                self._send_progress_anew()
+        self._check_released()
+        self._check_finished()
+
+    def _refused_progress(self) -> None:
+        """Mostly a step that came before a peer's earlier one: try again shortly."""
+        refused = self._progress
+
+        def again() -> None:
+            if self._progress is refused:
+                self._refusals += 1
+                self._send_progress_anew()
+                self._check_released()
+                self._check_finished()
+
+        self._loop.call_later(PROGRESS_RETRY_S, again)
 
     def _send_progress(self) -> None:
-        if self._leads and self._connected():
-            for progress in self.ledger.unsent(self.job_id, self.generation):
-                self._tell(progress=progress)
+        """One message at a time, so that fast steps travel in batches as large as the answer takes long."""
+        if not self._leads or self._progress is not None or not self._connected():
+            return
+        progress = self.ledger.batch(self.job_id, self.generation)
+        if progress is not None:
+            self._progress = (progress, self._tell(progress=progress))
+
+    def _send_progress_anew(self) -> None:
+        """Whoever heard the last message may not have kept it."""
+        self._progress = None
+        self._send_progress()
+
+    @property
+    def _settled(self) -> bool:
+        """Whether the steps that only we may report are recorded: an agent that has finished or is released
+        is not heard any more.  Steps that are refused again and again do not hold us up for ever."""
+        return not self._leads or not len(self.ledger) or self._refusals >= REFUSALS_ENDURED
 
     def _check_finished(self) -> None:
         whole = len(self._slots) == len(self._settings.environments)
         slots = self._slots.values()
-        if not whole or any(slot.finished != self.member_of or not slot.finished for slot in slots):
+        if (
+            self._finished_told
+            or not whole
+            or any(slot.finished != self.member_of or not slot.finished for slot in slots)
+        ):
             return
-        if self._reports.outstanding(self.job_id) == 0:
+        if self._settled and self._reports.outstanding(self.job_id) == 0:
             step = max(slot.step or 0 for slot in slots)
-            self._tell(finished=agent_pb2.Finished(job_id=self.job_id, generation=self.member_of, step=step))
+            self._finished_told = self._tell(
+                finished=agent_pb2.Finished(job_id=self.job_id, generation=self.member_of, step=step)
+            )
 
     def shards_reported(self) -> None:
         """No shard of this job waits any more."""
         self._check_finished()
-
-    def acknowledged(self, step: int) -> None:
-        self.ledger.acknowledge(step)
 
     def resync(self) -> None:
         """A new session: say again what is still true."""
         for evidence in self._evidence:
             evidence.mark = self._send(evidence.message)
         self._send_formed()
-        if self._released:
-            self._check_released()
-        self.ledger.resend()
-        self._send_progress()
+        self._send_progress_anew()
+        self._released_told = self._finished_told = 0
+        self._check_released()
         self._check_finished()
         self.announce()
 

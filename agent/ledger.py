@@ -3,8 +3,8 @@ is lost when the coordinator is away or the leader dies."""
 
 from __future__ import annotations
 
+import itertools
 from collections import deque
-from collections.abc import Iterator
 
 from protos import agent_pb2
 
@@ -20,8 +20,6 @@ class Ledger:
         self._steps: deque[agent_pb2.StepRecord] = deque(maxlen=STEPS)
         self._evaluations: deque[agent_pb2.Evaluation] = deque(maxlen=EVALUATIONS)
         self._acknowledged = 0
-        self._sent = 0
-        self._evaluation_sent = 0
         self.last_step = 0
 
     def __len__(self) -> int:
@@ -42,12 +40,13 @@ class Ledger:
         self._acknowledged = max(self._acknowledged, step)
         while self._steps and self._steps[0].step <= step:
             self._steps.popleft()
-        while (
-            self._evaluations
-            and self._evaluations[0].step <= step
-            and self._evaluation_sent >= self._evaluations[0].step
-        ):
-            self._evaluations.popleft()
+
+    def heard(self, sent: agent_pb2.Progress) -> None:
+        """The evaluations of this message have arrived."""
+        if sent.evaluations:
+            last = sent.evaluations[-1].step
+            while self._evaluations and self._evaluations[0].step <= last:
+                self._evaluations.popleft()
 
     def rewind(self, step: int) -> None:
         """Training goes on from `step`: what came after it never happened."""
@@ -57,32 +56,13 @@ class Ledger:
             self._evaluations.pop()
         self.last_step = min(self.last_step, step)
         self._acknowledged = min(self._acknowledged, step)
-        self._sent = min(self._sent, step)
-        self._evaluation_sent = min(self._evaluation_sent, step)
 
-    def resend(self) -> None:
-        """Whoever heard what was sent may not have kept it: send everything unacknowledged again."""
-        self._sent = self._evaluation_sent = self._acknowledged
-
-    def unsent(self, job_id: str, generation: int) -> Iterator[agent_pb2.Progress]:
-        """What was not sent yet, in messages within the wire's bounds; taken is sent."""
-        steps = list(self._steps_after(self._sent))
-        evaluations = [e for e in self._evaluations if e.step > self._evaluation_sent]
-        while steps or evaluations:
-            batch = steps[:STEPS_A_MESSAGE]
-            del steps[:STEPS_A_MESSAGE]
-            upto = batch[-1].step if batch else self._sent
-            due = evaluations if not steps else [e for e in evaluations if e.step <= upto]
-            evaluations = [] if not steps else [e for e in evaluations if e.step > upto]
-            self._sent = max(self._sent, upto)
-            if due:
-                self._evaluation_sent = due[-1].step
-            yield agent_pb2.Progress(job_id=job_id, generation=generation, steps=batch, evaluations=due)
-
-    def _steps_after(self, step: int) -> Iterator[agent_pb2.StepRecord]:
-        fresh: list[agent_pb2.StepRecord] = []
-        for record in reversed(self._steps):  # nearly always the last one only
-            if record.step <= step:
-                break
-            fresh.append(record)
-        return reversed(fresh)
+    def batch(self, job_id: str, generation: int) -> agent_pb2.Progress | None:
+        """The next message, within the wire's bounds; None if there is nothing to say.  The same again
+        until it is acknowledged."""
+        if not self._steps and not self._evaluations:
+            return None
+        steps = list(itertools.islice(self._steps, STEPS_A_MESSAGE))
+        return agent_pb2.Progress(
+            job_id=job_id, generation=generation, steps=steps, evaluations=self._evaluations
+        )

@@ -6,7 +6,6 @@ import asyncio
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -41,7 +40,6 @@ def test_help_needs_no_torch() -> None:
         (("run", "--labels", "x"), "expected KEY=VALUE"),
         (("run", "--cache-bytes", "lots"), "expected a size"),
         (("run",), "identity file"),
-        (("join",), "--token"),
     ],
 )
 def test_bad_input_is_one_message_and_exit_code_2(home: Home, arguments: tuple[str, ...], words: str) -> None:
@@ -126,11 +124,11 @@ async def test_doctor_names_a_coordinator_that_is_not_ours(coordinator: FakeCoor
 
 
 @pytest.fixture
-def expired(home: Home) -> Iterator[Home]:
+def expired(home: Home) -> Home:
     from datetime import timedelta
 
     Authority().identity("a1", "127.0.0.1:1", timedelta(microseconds=1)).save(home.identity)
-    yield home
+    return home
 
 
 def test_doctor_says_what_to_do_about_each_failure(expired: Home) -> None:

@@ -28,7 +28,7 @@ async def process(
     monkeypatch.setenv("MUSTER_TEST_HEARD", str(tmp_path / "heard"))
     coordinator.authority.identity("a1", coordinator.address).save(home.identity)
     command = [sys.executable, "-m", "tests.agent.agent_process", str(home.root)]
-    with subprocess.Popen(command, stdin=subprocess.DEVNULL) as child:
+    with subprocess.Popen(command, stdin=subprocess.DEVNULL) as child:  # noqa: ASYNC220 - a millisecond
         await coordinator.until(lambda: coordinator.sessions, 60.0, "no session was opened")
         coordinator.say(assignment=agent_pb2.Assignment(job_id="j1", spec_json=json.dumps({"name": "test"})))
         ready = await coordinator.heard("ready")
