@@ -58,8 +58,11 @@ def report(state: State, job: Job, now_ms: int, event: ShardReported) -> Decisio
     records: list[Record] = []
     if found is None and len(job.pending) >= MAX_PENDING:
         dropped = _to_drop(job)
-        if event.step < dropped.step <= job.committed_step:
-            message = f"checkpoint {event.step} is older than the two being stored; drop it"
+        if not _is_ahead(job, dropped.step) and (event.step < dropped.step or _is_ahead(job, event.step)):
+            steps = " and ".join(str(p.step) for p in job.pending)
+            message = (
+                f"step: found {event.step}; checkpoints {steps} are being stored, which is as many as may be"
+            )
             return Decision(reply=Refused(refusal=Refusal.INVALID, message=message))
         records.append(
             PendingDropped(
@@ -169,8 +172,12 @@ def _is_json_object(text: str) -> bool:
 
 def _to_drop(job: Job) -> PendingCheckpoint:
     """The one that nobody has committed steps for, else the oldest."""
-    ahead = [p for p in job.pending if p.step > job.committed_step + 1]
+    ahead = [p for p in job.pending if _is_ahead(job, p.step)]
     return ahead[-1] if ahead else job.pending[0]
+
+
+def _is_ahead(job: Job, step: int) -> bool:
+    return step > job.committed_step + 1
 
 
 def _manifest(job: Job, pending: PendingCheckpoint, now_ms: int) -> Checkpoint:

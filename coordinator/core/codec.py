@@ -168,12 +168,13 @@ def _encode(value: Any, *, durable_only: bool = False) -> Json:
         return value.value
     if isinstance(value, tuple):
         return [_encode(item) for item in value]
-    left_out = _VOLATILE.get(type(value), frozenset()) if durable_only else frozenset()
-    return {name: _encode(getattr(value, name)) for name in _names(type(value)) if name not in left_out}
+    kind: Any = type(value)
+    left_out = _VOLATILE.get(kind, frozenset()) if durable_only else frozenset()
+    return {name: _encode(getattr(value, name)) for name in _names(kind) if name not in left_out}
 
 
 @functools.cache
-def _names(kind: type) -> tuple[str, ...]:
+def _names(kind: Any) -> tuple[str, ...]:
     return tuple(field.name for field in fields(kind))
 
 
@@ -325,9 +326,7 @@ def describe(record: Record) -> str:
         case CollectiveFailed():
             return f"a collective of generation {record.generation} failed at agent {record.agent_id}"
         case FailureCounted():
-            return (
-                f"job {record.job_id} failed at agent {record.agent_id}: {record.kind.value}: {record.detail}"
-            )
+            return f"job {record.job_id} failed at agent {record.agent_id}: {record.failure.value}: {record.detail}"
         case StepsCommitted():
             return f"job {record.job_id} committed steps {record.first_step} to {record.last_step}"
         case StepsRolledBack():

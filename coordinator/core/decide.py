@@ -584,7 +584,7 @@ def _count(now_ms: int, agent: Agent, job: Job, event: WorkerFailedReceived) -> 
         at_ms=now_ms,
         job_id=job.job_id,
         agent_id=agent.agent_id,
-        kind=event.kind,
+        failure=event.kind,
         detail=event.detail,
         generation=event.generation if member else 0,
     )

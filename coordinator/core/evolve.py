@@ -134,9 +134,7 @@ def evolve(state: State, record: Record) -> None:
         case AgentAssigned():
             job = state.jobs[record.job_id]
             _set_job(state, job, assigned=(*job.assigned, record.agent_id))
-            _set_and_look(
-                state, record.agent_id, job_id=record.job_id, last_generation=0, readiness=None, held_job=None
-            )
+            _set_and_look(state, record.agent_id, job_id=record.job_id, last_generation=0, readiness=None)
         case AgentUnassigned():
             job = state.jobs[record.job_id]
             _set_job(
@@ -145,9 +143,7 @@ def evolve(state: State, record: Record) -> None:
                 assigned=_without(job.assigned, record.agent_id),
                 generation=_expelled(job.generation, record.agent_id),
             )
-            _set_and_look(
-                state, record.agent_id, job_id=None, last_generation=0, readiness=None, held_job=None
-            )
+            _set_and_look(state, record.agent_id, job_id=None, last_generation=0, readiness=None)
             state.agenda.slots = True
         case JobAdmitted():
             state.jobs[record.job_id] = Job(
@@ -216,7 +212,7 @@ def evolve(state: State, record: Record) -> None:
         case FailureCounted():
             job = state.jobs[record.job_id]
             prepare_failed = job.prepare_failed
-            if record.kind is FailureKind.PREPARE or record.generation == 0:
+            if record.failure is FailureKind.PREPARE or record.generation == 0:
                 prepare_failed = (*prepare_failed, record.agent_id)
             _set_job(
                 state,
@@ -455,8 +451,6 @@ def _plan(state: State, record: GenerationPlanned) -> None:
             _set(state, member.agent_id, last_generation=new.number, readiness=None)
         else:
             _set(state, member.agent_id, last_generation=new.number)
-    for agent_id in new.leaving:
-        _set(state, agent_id, readiness=None)
 
 
 def _form(state: State, record: MemberFormed) -> None:
@@ -470,7 +464,8 @@ def _form(state: State, record: MemberFormed) -> None:
     if record.agent_id not in holders:
         holders = (*holders, record.agent_id)
     if complete:  # who is still leaving an older generation falls behind from here on
-        holders = tuple(member.agent_id for member in generation.members)
+        members = (member.agent_id for member in generation.members)
+        holders = tuple(a for a in members if a not in generation.gone)
     job = _set_job(
         state,
         job,

@@ -362,7 +362,9 @@ def _led(state: State, job: Job, generation: Generation, proposal: Proposal) -> 
     if not members or state.agents[members[0]].readiness is not None:
         return proposal
     holders = [a for a in members if holds_state(state, job, a)]
-    with_store = [a for a in (*holders, *members) if state.agents[a].readiness is not None]
+    # Nothing is lost by waiting for a planned cut; a broken generation has to be led by someone.
+    candidates = (*holders, *members) if proposal.cut is Cut.ABORT else holders
+    with_store = [a for a in candidates if state.agents[a].readiness is not None]
     if not with_store:
         return NotYet(why=Why.PREPARING, have=0, need=1)
     leader = with_store[0]

@@ -862,7 +862,7 @@ class FailureCounted:
     at_ms: int
     job_id: JobId
     agent_id: AgentId
-    kind: FailureKind
+    failure: FailureKind
     detail: str
     generation: int = 0
 

@@ -1,0 +1,126 @@
+"""What must hold after every event, whatever the events were."""
+
+from __future__ import annotations
+
+from coordinator.core.codec import decode_record, encode_record, encode_state, is_durable
+from coordinator.core.evolve import evolve
+from coordinator.core.forming import why
+from coordinator.core.model import (
+    ENDED,
+    AgentId,
+    Cut,
+    GenerationPlanned,
+    JobId,
+    JobPhase,
+    LeasesRefreshed,
+    ManifestCommitted,
+    PushPlan,
+    Record,
+    Standing,
+    State,
+    StepsCommitted,
+    StepsRolledBack,
+)
+from coordinator.core.settle import next_deadline, settle
+from coordinator.core.step import Outcome
+
+
+def check_state(state: State, now_ms: int) -> None:
+    """The state is consistent and quiet."""
+    serving: dict[AgentId, JobId] = {}
+    for job in state.jobs.values():
+        assert len(set(job.assigned)) == len(job.assigned)
+        for agent_id in job.assigned:
+            assert agent_id not in serving, f"{agent_id} serves two jobs"
+            serving[agent_id] = job.job_id
+        if job.phase in ENDED or job.phase is JobPhase.PAUSED:
+            assert job.assigned == (), f"{job.phase} has agents"
+        assert len(job.pending) <= 2
+        assert all(c.step <= job.committed_step or c.damaged for c in job.checkpoints)
+        generation = job.generation
+        if generation is not None:
+            assert generation.number == job.generation_count
+            members = [m.agent_id for m in generation.members]
+            assert len(set(members)) == len(members)
+            assert not set(members) & set(generation.leaving)
+            assert not set(generation.gone) & {*generation.holders, *generation.leaving}
+            assert [m.group_rank for m in generation.members] == list(range(len(members)))
+            ranks = [
+                r for m in generation.members for r in range(m.first_rank, m.first_rank + m.worker_count)
+            ]
+            assert ranks == list(range(generation.world_size))
+        assert why(state, job.job_id) is not None
+    for agent in state.agents.values():
+        assert agent.job_id == serving.get(agent.agent_id)
+        if agent.readiness is not None:
+            assert agent.readiness.job_id == agent.job_id
+        if agent.standing is not Standing.ELIGIBLE:
+            assert agent.job_id is None, f"{agent.agent_id} is {agent.standing} and serves"
+    assert settle(state, now_ms) == (), "the state is not quiet"
+    deadline = next_deadline(state)
+    assert deadline is None or deadline > now_ms, f"woken at {deadline}, but it is {now_ms}"
+    assert state.agenda.live.keys() == {j.job_id for j in state.jobs.values() if j.phase not in ENDED}
+
+
+class Journal:
+    """Keeps the durable records of every step, and holds them against what must be true of their order."""
+
+    def __init__(self, state: State) -> None:
+        self.lines: list[str] = []
+        self._timing = state.timing
+        self._generation: dict[JobId, int] = {}
+        self._step: dict[JobId, int] = {}
+        self._stores: set[tuple[str, int]] = set()
+
+    def check(self, outcome: Outcome) -> None:
+        for record in outcome.records:
+            self._check_record(record)
+            if is_durable(record):
+                line = encode_record(record)
+                assert decode_record(line) == record
+                self.lines.append(line)
+        for push in outcome.pushes:
+            if isinstance(push, PushPlan) and push.generation.from_checkpoint_step is not None:
+                assert push.checkpoint_json, "a plan from a checkpoint names none"
+
+    def _check_record(self, record: Record) -> None:
+        match record:
+            case GenerationPlanned(job_id=job_id, generation=generation):
+                assert generation.number == self._generation.get(job_id, 0) + 1
+                self._generation[job_id] = generation.number
+                assert generation.committed_step == self._step.get(job_id, 0)
+                if generation.members:
+                    store = (generation.store_host, generation.store_port)
+                    assert store not in self._stores, f"store {store} is used twice"
+                    self._stores.add(store)
+                    held = set(generation.holders) & {m.agent_id for m in generation.members}
+                    sources = [bool(held), generation.from_checkpoint_step is not None, generation.fresh]
+                    assert sum(sources) == 1, "a generation begins from exactly one source"
+                    if generation.cut is Cut.AFTER_STEP:
+                        assert generation.members[0].agent_id in held, "who holds the state leads"
+            case StepsCommitted(job_id=job_id):
+                assert record.first_step == self._step.get(job_id, 0) + 1
+                assert record.last_step >= record.first_step
+                self._step[job_id] = record.last_step
+            case StepsRolledBack(job_id=job_id):
+                assert record.to_step < self._step.get(job_id, 0)
+                self._step[job_id] = record.to_step
+            case ManifestCommitted(job_id=job_id):
+                assert record.checkpoint.step <= self._step.get(job_id, 0)
+            case _:
+                pass
+
+    def replayed(self) -> State:
+        state = State(timing=self._timing)
+        for line in self.lines:
+            evolve(state, decode_record(line))
+        return state
+
+    def check_replay(self, state: State) -> None:
+        """Folding the journal gives the durable part of the state."""
+        assert encode_state(self.replayed()) == encode_state(state)
+
+
+def forget(state: State) -> None:
+    """What a restart does to a state that was read back: nothing is known to be alive."""
+    evolve(state, LeasesRefreshed(at_ms=0, until_ms=()))
