@@ -51,13 +51,14 @@ class BlobService:
         digest = translate.digest(request.digest)
         offset = translate.sequence(request.offset, "offset")
         with self._slot("download"):
-            reader = await asyncio.to_thread(self._store.read, digest, offset)
+            # Opening does not wait for the disk, and in a thread a cancelled call would lose what it opened.
+            reader = self._store.read(digest, offset)
             try:
                 while data := await asyncio.to_thread(reader.chunk):
                     yield agent_pb2.BlobChunk(data=data)
                     self._metrics.blob_bytes.labels("down").inc(len(data))
             finally:
-                reader.close()
+                await asyncio.shield(asyncio.to_thread(reader.close))
 
     async def put(self, requests: AsyncIterator[agent_pb2.PutBlobRequest]) -> agent_pb2.PutBlobReply:
         with self._slot("upload"):
@@ -65,7 +66,7 @@ class BlobService:
             if first is None:
                 raise translate.MalformedError("header: missing; the upload had no message")
             digest, size = translate.blob_header(first)
-            upload = await asyncio.to_thread(self._store.upload, digest, size)
+            upload = self._store.upload(digest, size)
             if upload is None:
                 return agent_pb2.PutBlobReply(existed=True)
             try:
@@ -75,7 +76,7 @@ class BlobService:
                     self._metrics.blob_bytes.labels("up").inc(len(data))
                 await asyncio.to_thread(upload.finish)
             finally:
-                upload.discard()
+                await asyncio.shield(asyncio.to_thread(upload.discard))
         return agent_pb2.PutBlobReply(existed=False)
 
     async def _next(

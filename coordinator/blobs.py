@@ -142,21 +142,27 @@ class BlobStore:
 
 
 class BlobReader:
-    """An open blob, read in chunks; close it."""
+    """An open blob, read in chunks; close it, if need be while another thread still reads."""
 
     def __init__(self, file: BinaryIO) -> None:
         self._file = file
+        self._lock = threading.Lock()
 
     def chunk(self) -> bytes:
         """The next bytes, at most 1 MiB; empty at the end."""
-        return self._file.read(_READ_BYTES)
+        with self._lock:
+            return b"" if self._file.closed else self._file.read(_READ_BYTES)
 
     def close(self) -> None:
-        self._file.close()
+        with self._lock:
+            self._file.close()
 
 
 class Upload:
-    """A blob on its way in.  End it with `finish` or `discard`; discarding twice does no harm."""
+    """A blob on its way in.  End it with `finish` or `discard`; discarding after that does no harm.
+
+    A call that was cancelled may leave a thread in `write` or `finish`: the lock lets that end first, so
+    that no file is closed under it."""
 
     def __init__(self, store: BlobStore, temporary: Path, target: Path, digest: str, size: int) -> None:
         self._store = store
@@ -166,53 +172,62 @@ class Upload:
         self._written = 0
         self._hash = hashlib.sha256()
         self._open = True
+        self._lock = threading.Lock()
         descriptor, name = tempfile.mkstemp(dir=temporary)
         self._path = Path(name)
         self._file = os.fdopen(descriptor, "wb", buffering=0)
 
     def write(self, data: bytes) -> None:
         """Add bytes; raise BlobRefusedError if they are too many or the disk is full."""
-        if self._written + len(data) > self._size:
-            raise BlobRefusedError(
-                Refusal.INVALID, f"bytes: the header said {self._size} but more than that came"
-            )
-        try:
-            view = memoryview(data)
-            while view:
-                view = view[self._file.write(view) :]
-        except OSError as error:
-            raise _disk(error) from error
-        self._hash.update(data)
-        self._written += len(data)
+        with self._lock:
+            if not self._open:
+                return
+            if self._written + len(data) > self._size:
+                raise BlobRefusedError(
+                    Refusal.INVALID, f"bytes: the header said {self._size} but more than that came"
+                )
+            try:
+                view = memoryview(data)
+                while view:
+                    view = view[self._file.write(view) :]
+            except OSError as error:
+                raise _disk(error) from error
+            self._hash.update(data)
+            self._written += len(data)
 
     def finish(self) -> None:
         """Make the blob exist; raise BlobRefusedError if its bytes are not those it was sent under."""
-        if self._written != self._size:
-            raise BlobRefusedError(
-                Refusal.INVALID,
-                f"bytes: the header said {self._size} but only {self._written} came; send it again",
-            )
-        found = self._hash.hexdigest()
-        if found != self._digest:
-            raise BlobRefusedError(
-                Refusal.DIGEST_MISMATCH,
-                f"digest: sent as {self._digest} but the bytes hash to {found}; send it again",
-            )
-        try:
-            os.fsync(self._file.fileno())
-            self._file.close()
-            self._target.parent.mkdir(exist_ok=True)
-            os.replace(self._path, self._target)
-            _sync_directory(self._target.parent)
-        except OSError as error:
-            raise _disk(error) from error
-        self._end()
+        with self._lock:
+            if not self._open:
+                return
+            if self._written != self._size:
+                raise BlobRefusedError(
+                    Refusal.INVALID,
+                    f"bytes: the header said {self._size} but only {self._written} came; send it again",
+                )
+            found = self._hash.hexdigest()
+            if found != self._digest:
+                raise BlobRefusedError(
+                    Refusal.DIGEST_MISMATCH,
+                    f"digest: sent as {self._digest} but the bytes hash to {found}; send it again",
+                )
+            try:
+                os.fsync(self._file.fileno())
+                self._file.close()
+                self._target.parent.mkdir(exist_ok=True)
+                os.replace(self._path, self._target)
+                _sync_directory(self._target.parent)
+            except OSError as error:
+                raise _disk(error) from error
+            self._end()
 
     def discard(self) -> None:
-        if self._open:
-            self._file.close()
-            self._path.unlink(missing_ok=True)
-            self._end()
+        """Leave nothing of it, unless it was finished."""
+        with self._lock:
+            if self._open:
+                self._file.close()
+                self._path.unlink(missing_ok=True)
+                self._end()
 
     def _end(self) -> None:
         self._open = False
