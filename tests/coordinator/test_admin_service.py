@@ -8,7 +8,7 @@ import json
 import math
 import os
 import urllib.request
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +48,13 @@ async def submit(c: RunningCoordinator, job: dict[str, Any] | None = None, datas
 async def job_view(c: RunningCoordinator, job: str) -> dict[str, Any]:
     view: dict[str, Any] = json.loads((await (await c.admin()).GetJob(admin_pb2.JobRef(job=job))).json)
     return view
+
+
+async def until(holds: Callable[[], bool]) -> None:
+    """Look again and again until it holds: a directory does not call back."""
+    async with asyncio.timeout(RPC_TIMEOUT_S):
+        while not holds():  # noqa: ASYNC110
+            await asyncio.sleep(0.005)
 
 
 async def refusal(call: Any) -> tuple[int | None, str]:
