@@ -544,3 +544,25 @@ async def test_metrics_show_jobs_agents_and_refusals(pair: Pair) -> None:
     assert 'muster_agents{presence="ready"} 2.0' in text
     assert "muster_sessions 2.0" in text
     assert 'muster_events_total{kind="ProgressReceived"} 1.0' in text
+
+
+async def test_after_a_restart_the_generation_goes_on_and_nothing_is_planned_anew(tmp_path: Path) -> None:
+    async with running_coordinator(tmp_path) as c:
+        pair = Pair(c)
+        await pair.form()
+        await pair.progress(1, 3)
+        before = await job_view(c, "demo")
+        sequence = c.coordinator.journal.last_sequence
+    async with running_coordinator(tmp_path) as again:
+        pair.c, pair.sessions = again, []
+        for identity in pair.identities:
+            session = AgentSession(await again.agent(identity))
+            held = agent_pb2.Membership(job_id=pair.job_id, generation=pair.generation)
+            await session.hello(held=held)
+            pair.sessions.append(session)
+        assert await pair.progress(2, 5) == 5
+        after = await job_view(again, "demo")
+        kinds = {row.kind for row in again.coordinator.journal.records(sequence)}
+    assert after["generation"]["number"] == before["generation"]["number"]
+    assert (after["phase"], after["committed_step"], after["loss"]) == ("RUNNING", 5, 2.0)
+    assert not kinds & {"GenerationPlanned", "AgentLost", "MemberLost", "JobPhaseChanged"}, kinds
