@@ -6,6 +6,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime
@@ -219,7 +220,7 @@ class Coordinator:
         problem = _identity_problem(self.identity)
         if problem:
             return BadInput(f"identity file {self._identity_path}: {problem}")
-        last = details.rpartition("last error: ")[2]
+        last = re.sub(r"^[A-Z_]+: (ipv[46]:\S+: )?", "", details.rpartition("last error: ")[2])
         if any(
             sign in details
             for sign in ("CERTIFICATE_VERIFY_FAILED", "certificate verify failed", "handshak", "SSL_ERROR")

@@ -87,8 +87,16 @@ class Fleet:
             "blobs": {"reserve": "64MiB"},
         }
         config.write_text(yaml.safe_dump(settings), encoding="utf-8")
-        init = self._start("init", "coordinator.daemon:main", "musterd", "init", str(home))
-        if init.wait(timeout=START_LIMIT_S) != 0:
+        init = self._start(
+            "init", "coordinator.daemon:main", "musterd", "init", "--address", "127.0.0.1:0", str(home)
+        )
+        try:
+            status = init.wait(timeout=START_LIMIT_S)
+        except subprocess.TimeoutExpired:
+            status = None
+        finally:
+            init.kill()
+        if status != 0:
             raise OperationFailed(f"`musterd init` failed: {self.last_words('init')}")
         self.coordinator = self._start(
             "coordinator",

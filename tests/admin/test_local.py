@@ -125,7 +125,7 @@ def test_a_fleet_that_loses_an_agent_completes_and_leaves_its_results(config: Pa
     summary = json.loads(done.stdout)
     assert (summary["phase"], summary["steps"], summary["problems"]) == ("COMPLETED", 60, [])
     assert summary["killed"] in {"a1", "a2"}
-    assert summary["rejoined"] == "a3"
+    assert "started agent a3" in done.stderr
     assert summary["last_loss"] < summary["first_loss"]
     assert "killed agent" in done.stderr
     entries = [json.loads(line) for line in (out / "steps.jsonl").read_text().splitlines()]
@@ -133,7 +133,7 @@ def test_a_fleet_that_loses_an_agent_completes_and_leaves_its_results(config: Pa
     assert (out / "loss.png").read_bytes().startswith(b"\x89PNG")
     assert (out / "sample.txt").read_text().startswith("The ")
     assert json.loads((out / "summary.json").read_text()) == summary
-    assert list((tmp_path / "t").iterdir()) == []
+    assert not list((tmp_path / "t").glob("muster-*"))
 
 
 @pytest.mark.e2e
@@ -166,4 +166,4 @@ def test_no_process_outlives_muster_local(
     _, left = psutil.wait_procs(family, timeout=20)
     assert left == []
     if number is not signal.SIGKILL:
-        assert list((tmp_path / "t").iterdir()) == []
+        assert not list((tmp_path / "t").glob("muster-*"))
