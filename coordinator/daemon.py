@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import re
 import shutil
 import signal
@@ -51,8 +50,6 @@ def _name(_context: click.Context, _parameter: click.Parameter, value: str) -> s
 @click.version_option(package_name="muster-train", prog_name="musterd")
 def main() -> None:
     """The Muster coordinator."""
-    # What goes wrong in a stranger's handshake is not our news; what a call comes to, we log ourselves.
-    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
 
 
 @main.command()

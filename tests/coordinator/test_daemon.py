@@ -193,6 +193,17 @@ async def test_the_enrolment_port_sends_the_pinned_authority_in_its_chain(muster
     assert error.value.code() is grpc.StatusCode.INVALID_ARGUMENT  # type: ignore[attr-defined]
 
 
+def test_a_strangers_garbage_leaves_no_trace_in_the_log(musterd: Musterd) -> None:
+    host, port = musterd.addresses["main"].rsplit(":", 1)
+    before = musterd.log
+    with socket.create_connection((host, int(port)), timeout=20) as stranger:
+        stranger.sendall(b"GET / HTTP/1.1\r\n\r\n")
+        while stranger.recv(4096):
+            pass
+    create_token(musterd)
+    assert "andshake" not in musterd.log[len(before) :]
+
+
 def serve(home: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [*MUSTERD, "serve", "--home", str(home), *arguments],
