@@ -132,9 +132,7 @@ def evolve(state: State, record: Record) -> None:
             _set(state, record.agent_id, strikes=record.strikes, last_strike_ms=record.at_ms)
             state.agenda.agents[record.agent_id] = None
         case AgentAssigned():
-            job = state.jobs[record.job_id]
-            _set_job(state, job, assigned=(*job.assigned, record.agent_id))
-            _set_and_look(state, record.agent_id, job_id=record.job_id, last_generation=0, readiness=None)
+            _assign(state, record)
         case AgentUnassigned():
             job = state.jobs[record.job_id]
             _set_job(
@@ -145,6 +143,7 @@ def evolve(state: State, record: Record) -> None:
             )
             _set_and_look(state, record.agent_id, job_id=None, last_generation=0, readiness=None)
             state.agenda.slots = True
+            state.agenda.places.pop(record.job_id, None)
         case JobAdmitted():
             state.jobs[record.job_id] = Job(
                 job_id=record.job_id,
@@ -305,6 +304,7 @@ def look_at_everything(state: State) -> None:
     agenda.jobs = dict.fromkeys(state.jobs)
     agenda.live = {job.job_id: None for job in state.jobs.values() if job.phase not in ENDED}
     agenda.slots = True
+    agenda.places = {}
     agenda.due = {}
     agenda.heap = []
 
@@ -330,6 +330,7 @@ def _set_and_look(state: State, agent_id: AgentId, **changes: Any) -> None:
     state.agenda.agents[agent_id] = None
     if agent.job_id is not None:
         state.agenda.jobs[agent.job_id] = None
+        state.agenda.places.pop(agent.job_id, None)
 
 
 def _presence(state: State, agent_id: AgentId, presence: Presence, at_ms: int, **changes: Any) -> None:
@@ -362,6 +363,20 @@ def _arrive(state: State, record: AgentArrived) -> None:
         idle_unmet=(),
         **changes,
     )
+
+
+def _assign(state: State, record: AgentAssigned) -> None:
+    job = state.jobs[record.job_id]
+    job = replace(job, assigned=(*job.assigned, record.agent_id))
+    state.jobs[record.job_id] = job
+    agenda = state.agenda
+    # One more that is not ready yet changes nothing for a job that has agents: thousands may come at once.
+    if job.phase is JobPhase.QUEUED or len(job.assigned) > 2 * job.spec.max_nodes:
+        agenda.jobs[record.job_id] = None
+    if record.job_id in agenda.places:
+        agenda.places[record.job_id] += 1
+    _set(state, record.agent_id, job_id=record.job_id, last_generation=0, readiness=None)
+    agenda.agents[record.agent_id] = None
 
 
 def _look_at_idle(state: State) -> None:
@@ -466,8 +481,8 @@ def _form(state: State, record: MemberFormed) -> None:
     if complete:  # who is still leaving an older generation falls behind from here on
         members = (member.agent_id for member in generation.members)
         holders = tuple(a for a in members if a not in generation.gone)
-    job = _set_job(
-        state,
+    known = complete and digest and record.step == job.committed_step
+    state.jobs[record.job_id] = replace(
         job,
         generation=replace(
             generation,
@@ -476,9 +491,11 @@ def _form(state: State, record: MemberFormed) -> None:
             formed_digest=digest,
             holders=holders,
         ),
+        committed_digest=digest if known else job.committed_digest,
     )
-    if complete and digest and record.step == job.committed_step:
-        _set_job(state, job, committed_digest=digest)
+    # The first to form ends the wait for those who leave, the last begins the generation.
+    if complete or len(formed) == 1:
+        state.agenda.jobs[record.job_id] = None
 
 
 def _commit_steps(state: State, record: StepsCommitted) -> None:

@@ -96,7 +96,7 @@ def match(state: State, now_ms: int) -> tuple[Record, ...]:
     if not looked_at and not agenda.slots:
         return ()
     jobs = _wanting(state)
-    taken = {job.job_id: _places_taken(state, job) for job in jobs}
+    taken = {job.job_id: places_taken(state, job) for job in jobs}
     records: list[Record] = []
     assigned: set[AgentId] = set()
     candidates = looked_at
@@ -131,8 +131,13 @@ def _wanting(state: State) -> list[Job]:
     return sorted((j for j in jobs if j.phase in WANTING), key=lambda j: (-j.spec.priority, j.order))
 
 
-def _places_taken(state: State, job: Job) -> int:
-    return sum(counts(state.agents[agent_id]) for agent_id in job.assigned)
+def places_taken(state: State, job: Job) -> int:
+    """How many of the job's agents take a place."""
+    known = state.agenda.places.get(job.job_id)
+    if known is None:
+        known = sum(counts(state.agents[agent_id]) for agent_id in job.assigned)
+        state.agenda.places[job.job_id] = known
+    return known
 
 
 def serves(job: Job, agent: Agent) -> bool:

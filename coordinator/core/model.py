@@ -418,6 +418,7 @@ class Agenda:
     jobs: dict[JobId, None] = field(default_factory=dict)
     slots: bool = False  # some job may want agents that it did not want before
     live: dict[JobId, None] = field(default_factory=dict)  # jobs that have not ended
+    places: dict[JobId, int] = field(default_factory=dict)  # taken places, of jobs where it is known
     due: dict[tuple[str, str], int] = field(default_factory=dict)  # ("agent" | "job", id) -> when
     heap: list[tuple[int, str, str]] = field(default_factory=list)  # of `due`, with stale entries
 

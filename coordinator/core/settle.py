@@ -287,6 +287,8 @@ def _complete(state: State, job: Job, now_ms: int) -> tuple[Record, ...]:
 
 def _unserving(state: State, job: Job, now_ms: int) -> tuple[Record, ...]:
     """Unassign who said goodbye, may not train, or is drained and out."""
+    if matching.places_taken(state, job) == len(job.assigned):
+        return ()  # none of them is
     records: list[Record] = []
     waits_for_checkpoint: bool | None = None
     inside = matching.engaged(job)

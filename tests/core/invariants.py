@@ -5,6 +5,7 @@ from __future__ import annotations
 from coordinator.core.codec import decode_record, encode_record, encode_state, is_durable
 from coordinator.core.evolve import evolve
 from coordinator.core.forming import why
+from coordinator.core.matching import counts
 from coordinator.core.model import (
     ENDED,
     AgentId,
@@ -59,6 +60,8 @@ def check_state(state: State, now_ms: int) -> None:
     assert settle(state, now_ms) == (), "the state is not quiet"
     deadline = next_deadline(state)
     assert deadline is None or deadline > now_ms, f"woken at {deadline}, but it is {now_ms}"
+    for job_id, places in state.agenda.places.items():
+        assert places == sum(counts(state.agents[a]) for a in state.jobs[job_id].assigned)
     assert state.agenda.live.keys() == {j.job_id for j in state.jobs.values() if j.phase not in ENDED}
 
 

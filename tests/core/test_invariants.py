@@ -43,8 +43,7 @@ def command(scenario: Scenario, choice: Choice) -> str:
     """A command from three numbers, made to fit the state often enough to get somewhere."""
     kind, first, second = choice
     name = NAMES[first % len(NAMES)]
-    jobs = [j for j in scenario.state.jobs.values() if j.phase not in (JobPhase.COMPLETED,)]
-    step = max((j.committed_step for j in jobs), default=0)
+    step = max(job.committed_step for job in scenario.state.jobs.values())
     fill = {"name": name, "step": max(1, step), "next": step + 1, "after": step + 1 + second % 3}
     if kind < 70:
         return f"agent {name} {VERBS[second % len(VERBS)]}".format(**fill)
@@ -73,16 +72,20 @@ def possible(scenario: Scenario, text: str) -> bool:
     return agent.session_id is not None or words[2] not in ("closes", "beats", "thaws")
 
 
+def say(scenario: Scenario, text: str) -> None:
+    scenario.command(text.split())
+
+
 def live(choices: list[Choice]) -> Scenario:
     scenario = Scenario()
-    scenario.command("job tiny min 2 max 3 failures 50 last_call 200 step_timeout 500".split())
+    say(scenario, "job tiny min 2 max 3 failures 50 last_call 200 step_timeout 500")
     for name in NAMES[:4]:
-        scenario.command(["agent", name, "joins"])
-        scenario.command(["agent", name, "ready"])
+        say(scenario, f"agent {name} joins")
+        say(scenario, f"agent {name} ready")
     for choice in choices:
         text = command(scenario, choice)
         if possible(scenario, text):
-            scenario.command(text.split())
+            say(scenario, text)
     return scenario
 
 
@@ -110,9 +113,9 @@ def test_a_job_runs_again_once_faults_stop(seed: int) -> None:
     rng = random.Random(1_000 + seed)
     choices = [(rng.randrange(85), rng.randrange(100), rng.randrange(1_000)) for _ in range(150)]
     scenario = live(choices)
-    scenario.command("job last min 2 max 3 priority 9".split())
+    say(scenario, "job last min 2 max 3 priority 9")
     for name in ("x", "y", "z"):
-        scenario.command(["agent", name, "joins"])
+        say(scenario, f"agent {name} joins")
     settle_down(scenario, lambda: scenario.state.jobs[JobId("last")].phase is JobPhase.RUNNING)
 
 
@@ -125,12 +128,12 @@ def settle_down(scenario: Scenario, done: Callable[[], bool]) -> None:
                 continue
             generation = scenario.state.jobs[agent.job_id].generation
             if agent.readiness is None:
-                scenario.command(["agent", name, "ready"])
+                say(scenario, f"agent {name} ready")
             elif generation is not None and any(m.agent_id == name for m in generation.members):
-                scenario.command(["agent", name, "formed"])
+                say(scenario, f"agent {name} formed")
         if done():
             return
-        scenario.command(["at", str(scenario.now_ms + 500)])
+        say(scenario, f"at {scenario.now_ms + 500}")
     raise AssertionError("the job did not come to run")
 
 
