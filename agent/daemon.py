@@ -414,6 +414,8 @@ class Agent:
 
 def run(home: Home, identity: wire.Identity, settings: Settings) -> None:
     """Run the agent on this thread, which must be the main one.  Raise AgentError."""
+    # The event loop carries plans and heartbeats: it must not wait 5 ms for a busy thread's turn to end.
+    sys.setswitchinterval(0.0005)
 
     async def main() -> None:
         with home.locked():

@@ -7,6 +7,7 @@ shows of itself.  `agent/rendezvous.py` has the torch side.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import secrets
 import threading
 from collections.abc import Callable
@@ -21,7 +22,8 @@ from agent.session import Session
 from protos import agent_pb2, wire
 
 PROBE_TIMEOUT_S = 60.0
-LEAVE_TIMEOUT_S = 3.0
+END_TIMEOUT_S = 5.0  # how long one that is done waits for the others to say so too
+LEAVE_TIMEOUT_S = END_TIMEOUT_S + 3.0
 
 
 class TorchrunPresence:
@@ -49,6 +51,7 @@ class TorchrunPresence:
         self._probe = agent_pb2.Probe()
         self._loop = asyncio.new_event_loop()
         self._session: Session | None = None
+        self._ended = asyncio.Event()
         self._thread = threading.Thread(target=self._run, name="muster-session", daemon=True)
         self._thread.start()
 
@@ -135,6 +138,10 @@ class TorchrunPresence:
         elif self._generation:
             finished = agent_pb2.Finished(job_id=self._job_id, generation=self._generation)
             self._send(agent_pb2.AgentMessage(finished=finished))
+            # Goodbye before everybody has finished would be the loss of a member.
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(END_TIMEOUT_S):
+                    await self._ended.wait()
         if self._session is not None:
             await self._session.close("torchrun failed" if failure else "torchrun is done")
 
@@ -175,6 +182,7 @@ class TorchrunPresence:
                     self._port = 0  # this store is used up; the handler offers the next
                 self.lobby.offer(message.plan)
             case "unassign":
+                self._ended.set()
                 self.lobby.close(message.unassign.reason or "the job ended")
             case _:
                 pass
