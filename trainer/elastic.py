@@ -45,7 +45,16 @@ from trainer.alone import Alone
 from trainer.checkpoint import CheckpointDirectory, CheckpointError, ShardFile
 from trainer.config import TrainingConfig
 from trainer.data import slice_seed
-from trainer.group import Bell, CollectiveFailed, Graveyard, Group, Interrupted, form, solo_process_group
+from trainer.group import (
+    Bell,
+    CollectiveFailed,
+    Graveyard,
+    Group,
+    Interrupted,
+    form,
+    ready,
+    solo_process_group,
+)
 from trainer.saving import Saver, Snapshot
 from trainer.state import TrainingState
 from trainer.trace import StepTrace
@@ -199,9 +208,7 @@ class ElasticGroup:
         group = self._group
         if group is None:  # warming up
             self._layout[bucket.index()] = buffer.numel()
-            done: Future[Tensor] = Future()
-            done.set_result(buffer)
-            return done
+            return ready(buffer)
         self._doing("reducing")
         scaled = buffer / self.config.train.slices_per_step if self._computed else torch.zeros_like(buffer)
         return group.all_reduce_later(scaled)

@@ -140,11 +140,10 @@ class Group:
 
     def all_reduce_later(self, tensor: Tensor) -> Future[Tensor]:
         """Sum `tensor` over the ranks; the result comes as a Future, which fails when the generation ends."""
+        if self._process_group is None:
+            return ready(tensor)
         promise: Future[Tensor | Exception] = Future()
         result: Future[Tensor] = promise.then(_kept)
-        if self._process_group is None:
-            promise.set_result(tensor)
-            return result
         with self._bell:
             self._promises.add(promise)
             aborted = self.aborted
@@ -240,6 +239,13 @@ class Group:
     def free(self) -> None:
         """Close the connections.  Peers that still wait for this rank see their collectives fail."""
         self._process_group = None
+
+
+def ready(tensor: Tensor) -> Future[Tensor]:
+    """A Future that is there already."""
+    future: Future[Tensor] = Future()
+    future.set_result(tensor)
+    return future
 
 
 def _kept(promise: Future[Tensor | Exception]) -> Tensor:
