@@ -110,11 +110,12 @@ class Storm:
         if kind != "join" and len(targets) <= 2:
             kind = "join"
         if kind == "join" and len(fleet.members) > fleet.shape.world:
-            kind = "kill"
+            kind = "kill" if len(targets) > 2 else "spared"
         self.events[kind] = self.events.get(kind, 0) + 1
         progress(f"  {kind} ({len(fleet.members)} members)")
         if kind == "join":
             fleet.add()
+        if kind in {"join", "spared"}:
             return
         victim = rng.choice(targets)
         if kind == "kill":

@@ -45,7 +45,7 @@ def describe(device: str) -> dict[str, object]:
 def layouts(device: str, cards: int, silence_s: float, step_delay_ms: int) -> dict[str, Shape]:
     """Which fleets to measure on so many cards."""
     one = Shape(world=3, min_world=2, device=device, silence_s=silence_s, step_delay_ms=step_delay_ms)
-    found = {"3 ranks on 1 card": one}
+    found = {"3 ranks on 1 card" if device == "cuda" else "3 ranks on the CPU": one}
     if cards >= 2:
         found["2 ranks on 2 cards"] = dataclasses.replace(one, world=2, min_world=1, cards=2)
     return found

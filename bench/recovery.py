@@ -11,7 +11,6 @@ import argparse
 import dataclasses
 import random
 import signal
-import statistics
 import time
 from collections.abc import Callable, Iterable, Sequence
 
@@ -30,7 +29,7 @@ CASES = ("kill_worker", "kill_agent", "drain", "freeze", "join", "coordinator_re
 GIVE_UP_AFTER = 2
 """Attempts of one case that run into the limit, one after the other, before the rest is left out."""
 CALM_S = 3.0
-"""How long steps are watched after a coordinator is back."""
+"""How long steps are watched before a coordinator is killed, and after it is back."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -194,11 +193,12 @@ def join(fleet: Fleet, _rank: int, _rng: random.Random) -> Sample:
 
 
 def coordinator_restart(fleet: Fleet, _rank: int, _rng: random.Random) -> Sample:
-    """SIGKILL the coordinator and start it again: how much longer than usual does a step take?"""
+    """SIGKILL the coordinator and start it again: how much longer than before is the longest step?"""
     world = fleet.shape.world
-    fleet.steady(world, steps=50)
-    before = fleet.trace.commits(len(fleet.trace) - 50 * world)
-    workers = {c.pid for c in before}
+    fleet.steady(world)
+    calm_start = len(fleet.trace)
+    fleet.trace.wait(lambda _: False, CALM_S)
+    before = fleet.trace.commits(calm_start)
     start = len(fleet.trace)
     since_ns = time.monotonic_ns()
     fleet.kill_coordinator()
@@ -213,8 +213,8 @@ def coordinator_restart(fleet: Fleet, _rank: int, _rng: random.Random) -> Sample
     if not fleet.trace.wait(done, CALM_S + fleet.limit_s, start=start, alive=fleet.alive):
         return _missed(fleet, since_ns)
     after = fleet.trace.commits(start - world)
-    restarted = len({c.pid for c in after} - workers)
-    pause_s = max(gaps_s(after, fleet.owner)) - statistics.median(gaps_s(before, fleet.owner))
+    restarted = len({c.pid for c in after} - {c.pid for c in before})
+    pause_s = max(gaps_s(after, fleet.owner)) - max(gaps_s(before, fleet.owner))
     return Sample(
         recovery_s=max(0.0, pause_s),
         steps_lost=rolled_back(after, fleet.owner),
