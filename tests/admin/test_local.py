@@ -164,6 +164,8 @@ def test_no_process_outlives_muster_local(
         process.stdout.read()
         assert process.wait() == status
     _, left = psutil.wait_procs(family, timeout=20)
+    for member in left:  # so that a failure leaves nothing either
+        member.kill()
     assert left == []
     if number is not signal.SIGKILL:
         assert not list((tmp_path / "t").glob("muster-*"))
