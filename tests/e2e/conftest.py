@@ -48,9 +48,9 @@ def fleet(tmp_path: Path) -> Iterator[Fleet]:
         yield started
 
 
-@pytest.fixture
-def config(dataset: Path) -> Callable[..., dict[str, Any]]:
-    """A tiny job: `config(steps=60, min_nodes=1, ...)`."""
+@pytest.fixture(scope="session")
+def make_config(dataset: Path) -> Callable[..., dict[str, Any]]:
+    """A tiny job: `make_config(steps=60, min_nodes=1, ...)`."""
 
     def make(
         *,

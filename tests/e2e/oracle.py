@@ -33,7 +33,8 @@ def check_slices(steps: Sequence[agent_pb2.StepRecord], config: dict[str, Any], 
 def check_same_losses(
     steps: Sequence[agent_pb2.StepRecord], others: Sequence[agent_pb2.StepRecord], relative: float = 1e-4
 ) -> None:
-    """Two runs of one configuration agree step by step."""
-    assert [step.step for step in steps] == [step.step for step in others]
-    for one, other in zip(steps, others, strict=True):
+    """A run agrees step by step with the (longer) run it is compared with."""
+    assert len(steps) <= len(others), "the reference run is too short"
+    for one, other in zip(steps, others, strict=False):
+        assert one.step == other.step
         assert one.loss == pytest.approx(other.loss, rel=relative), f"step {one.step}"

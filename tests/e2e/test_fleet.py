@@ -18,7 +18,9 @@ from tests.e2e.oracle import check_exactly_once, check_same_losses, check_slices
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(240)]
 
 Config = Callable[..., dict[str, Any]]
-STEPS = 150
+ENDLESS = 100_000
+"""Steps of jobs that a test stops when it has seen what it came for: no test races a job's end."""
+REFERENCE_STEPS = 2_500
 
 
 def whole_log(fleet: Fleet, job: str, config: dict[str, Any], dataset: Path) -> list[agent_pb2.StepRecord]:
@@ -26,8 +28,17 @@ def whole_log(fleet: Fleet, job: str, config: dict[str, Any], dataset: Path) -> 
     view = fleet.wait_end(job)
     assert view["phase"] == "COMPLETED", view
     steps = fleet.steps(job)
-    check_exactly_once(steps, config["train"]["steps"])
+    check_exactly_once(steps, view["committed_step"])
     check_slices(steps, config, dataset)
+    return steps
+
+
+def stopped_log(fleet: Fleet, job: str, config: dict[str, Any], dataset: Path) -> list[agent_pb2.StepRecord]:
+    """Let the job go on for ten steps, stop it, and return its whole log."""
+    fleet.wait_step(job, fleet.job(job)["committed_step"] + 10)
+    fleet.muster("job", "stop", job)
+    steps = whole_log(fleet, job, config, dataset)
+    assert fleet.job(job)["newest_checkpoint_step"] == steps[-1].step, "stopping saves the last step"
     return steps
 
 
@@ -40,22 +51,22 @@ def start_three(fleet: Fleet, config: dict[str, Any]) -> str:
 
 
 @pytest.fixture(scope="module")
-def reference(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> list[agent_pb2.StepRecord]:
+def reference(
+    dataset: Path, tmp_path_factory: pytest.TempPathFactory, make_config: Config
+) -> list[agent_pb2.StepRecord]:
     """The undisturbed run of one agent: what every other run's losses must equal."""
-    from tests.e2e.conftest import config as config_fixture
-
-    config = config_fixture.__wrapped__(dataset)(steps=STEPS, step_delay_ms=0)  # type: ignore[attr-defined]
-    root = tmp_path_factory.mktemp("ref")
-    with Fleet(root=root) as fleet:
+    config = make_config(steps=ENDLESS, step_delay_ms=0)
+    with Fleet(root=tmp_path_factory.mktemp("ref")) as fleet:
         job = fleet.submit(config)
         fleet.start_agent("solo")
-        return whole_log(fleet, job, config, dataset)
+        fleet.wait_step(job, REFERENCE_STEPS)
+        return stopped_log(fleet, job, config, dataset)
 
 
 def test_killed_agent_is_replaced_and_every_step_is_committed_once(
-    fleet: Fleet, config: Config, dataset: Path, reference: list[agent_pb2.StepRecord]
+    fleet: Fleet, make_config: Config, dataset: Path
 ) -> None:
-    job_config = config(steps=STEPS)
+    job_config = make_config(steps=500, step_delay_ms=80)
     job = start_three(fleet, job_config)
     fleet.wait_step(job, 20)
     first = fleet.job(job)["generation"]["number"]
@@ -70,19 +81,22 @@ def test_killed_agent_is_replaced_and_every_step_is_committed_once(
         psutil.wait_procs([psutil.Process(pid) for pid in orphans if psutil.pid_exists(pid)], timeout=10)[1]
         == []
     )
-    fleet.start_agent("d")
+    joiner = fleet.start_agent("d")
     fleet.wait_generation(job, members=3, after=second)
+    assert len(joiner.workers()) == 1
 
     assert fleet.agents["a"].workers() + fleet.agents["c"].workers() == survivors, (
         "survivors keep their processes"
     )
-    check_same_losses(whole_log(fleet, job, job_config, dataset), reference)
+    steps = whole_log(fleet, job, job_config, dataset)
+    assert len(steps) == 500
+    assert len({record.generation for record in steps}) >= 3
 
 
 def test_killed_coordinator_returns_and_no_worker_restarts(
-    fleet: Fleet, config: Config, dataset: Path, reference: list[agent_pb2.StepRecord]
+    fleet: Fleet, make_config: Config, dataset: Path, reference: list[agent_pb2.StepRecord]
 ) -> None:
-    job_config = config(steps=STEPS)
+    job_config = make_config(steps=ENDLESS)
     job = start_three(fleet, job_config)
     fleet.wait_step(job, 20)
     before = fleet.job(job)
@@ -95,15 +109,15 @@ def test_killed_coordinator_returns_and_no_worker_restarts(
 
     assert {name: agent.workers() for name, agent in fleet.agents.items()} == workers
     assert fleet.job(job)["generation"]["number"] == before["generation"]["number"]
-    steps = whole_log(fleet, job, job_config, dataset)
+    steps = stopped_log(fleet, job, job_config, dataset)
     assert list(steps[: len(acknowledged)]) == acknowledged, "a committed record changed"
     check_same_losses(steps, reference)
 
 
 def test_killed_worker_is_replaced_by_its_agent(
-    fleet: Fleet, config: Config, dataset: Path, reference: list[agent_pb2.StepRecord]
+    fleet: Fleet, make_config: Config, dataset: Path, reference: list[agent_pb2.StepRecord]
 ) -> None:
-    job_config = config(steps=STEPS)
+    job_config = make_config(steps=ENDLESS)
     job = start_three(fleet, job_config)
     fleet.wait_step(job, 20)
     first = fleet.job(job)["generation"]["number"]
@@ -114,13 +128,13 @@ def test_killed_worker_is_replaced_by_its_agent(
     fleet.wait_generation(job, members=3, after=second)
 
     assert fleet.job(job)["failures"] == 0, "a kill from outside is not the job's fault"
-    check_same_losses(whole_log(fleet, job, job_config, dataset), reference)
+    check_same_losses(stopped_log(fleet, job, job_config, dataset), reference)
 
 
 def test_frozen_agent_is_left_behind_and_returns_when_it_thaws(
-    fleet: Fleet, config: Config, dataset: Path, reference: list[agent_pb2.StepRecord]
+    fleet: Fleet, make_config: Config, dataset: Path, reference: list[agent_pb2.StepRecord]
 ) -> None:
-    job_config = config(steps=STEPS, step_delay_ms=60)
+    job_config = make_config(steps=ENDLESS, step_delay_ms=60)
     job = start_three(fleet, job_config)
     fleet.wait_step(job, 10)
     first = fleet.job(job)["generation"]["number"]
@@ -130,13 +144,13 @@ def test_frozen_agent_is_left_behind_and_returns_when_it_thaws(
         second = fleet.wait_generation(job, members=2, after=first)
     fleet.wait_generation(job, members=3, after=second)
 
-    check_same_losses(whole_log(fleet, job, job_config, dataset), reference)
+    check_same_losses(stopped_log(fleet, job, job_config, dataset), reference)
 
 
 def test_sigterm_drains_an_agent_without_losing_computed_work(
-    fleet: Fleet, config: Config, dataset: Path, reference: list[agent_pb2.StepRecord]
+    fleet: Fleet, make_config: Config, dataset: Path, reference: list[agent_pb2.StepRecord]
 ) -> None:
-    job_config = config(steps=STEPS)
+    job_config = make_config(steps=ENDLESS)
     job = start_three(fleet, job_config)
     fleet.wait_step(job, 20)
     first = fleet.job(job)["generation"]["number"]
@@ -148,13 +162,13 @@ def test_sigterm_drains_an_agent_without_losing_computed_work(
 
     view = fleet.job(job)
     assert view["generation"]["cut"] == "after_step"
-    check_same_losses(whole_log(fleet, job, job_config, dataset), reference)
+    check_same_losses(stopped_log(fleet, job, job_config, dataset), reference)
 
 
 def test_when_everyone_dies_the_job_resumes_from_the_newest_checkpoint(
-    fleet: Fleet, config: Config, dataset: Path, reference: list[agent_pb2.StepRecord]
+    fleet: Fleet, make_config: Config, dataset: Path, reference: list[agent_pb2.StepRecord]
 ) -> None:
-    job_config = config(steps=STEPS)
+    job_config = make_config(steps=ENDLESS)
     job = start_three(fleet, job_config)
     fleet.wait_event(
         lambda kind, record: kind == "ManifestCommitted" and record["checkpoint"]["step"] >= 20,
@@ -166,13 +180,13 @@ def test_when_everyone_dies_the_job_resumes_from_the_newest_checkpoint(
     for name in ("d", "e"):
         fleet.start_agent(name)
 
-    check_same_losses(whole_log(fleet, job, job_config, dataset), reference)
+    check_same_losses(stopped_log(fleet, job, job_config, dataset), reference)
 
 
 def test_paused_job_resumes_where_it_was(
-    fleet: Fleet, config: Config, dataset: Path, reference: list[agent_pb2.StepRecord]
+    fleet: Fleet, make_config: Config, dataset: Path, reference: list[agent_pb2.StepRecord]
 ) -> None:
-    job_config = config(steps=STEPS)
+    job_config = make_config(steps=ENDLESS)
     job = start_three(fleet, job_config)
     fleet.wait_step(job, 20)
     fleet.muster("job", "pause", job)
@@ -181,4 +195,18 @@ def test_paused_job_resumes_where_it_was(
     assert paused_at == len(fleet.steps(job))
     fleet.muster("job", "resume", job)
 
-    check_same_losses(whole_log(fleet, job, job_config, dataset), reference)
+    check_same_losses(stopped_log(fleet, job, job_config, dataset), reference)
+
+
+def test_losses_do_not_depend_on_the_world_size(
+    fleet: Fleet, make_config: Config, dataset: Path, reference: list[agent_pb2.StepRecord]
+) -> None:
+    """The reference has a world of one; here are two and three, in one run of each."""
+    for world in (2, 3):
+        config = make_config(steps=ENDLESS, min_nodes=world, max_nodes=world, step_delay_ms=0)
+        while len(fleet.agents) < world:
+            fleet.start_agent(f"w{len(fleet.agents)}")
+        job = fleet.submit(config)
+        fleet.wait_step(job, 100)
+        steps = stopped_log(fleet, job, config, dataset)
+        check_same_losses(steps, reference)
