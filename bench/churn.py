@@ -89,10 +89,14 @@ class Storm:
         while self._due and self._due[0][0] < end:
             due, _, act = heapq.heappop(self._due)
             self._fleet.trace.wait(lambda _: False, max(0.0, due - time.monotonic()))
-            if not self._fleet.alive():
-                raise FleetError("churn: every member has ended")
+            self._check()
             act()
         self._fleet.trace.wait(lambda _: False, max(0.0, end - time.monotonic()))
+
+    def _check(self) -> None:
+        for member, process in self._fleet.members.items():
+            if member not in self._busy and process.poll() is not None:
+                raise FleetError(f"churn: member {member} ended by itself with status {process.poll()}")
 
     def _at(self, when: float, act: Callable[[], None]) -> None:
         heapq.heappush(self._due, (when, next(self._order), act))
@@ -103,10 +107,11 @@ class Storm:
     def _strike(self) -> None:
         self._at(time.monotonic() + self._rng.expovariate(1 / self._every_s), self._strike)
         fleet, rng = self._fleet, self._rng
-        kind = rng.choice(("kill", "kill_worker", "freeze", "drain", "join"))
+        kinds = ("kill", "kill_worker", "freeze", "drain", "join")
+        kind = rng.choice(kinds if fleet.has_agents else ("kill", "freeze", "drain", "join"))
         # A member that has not trained yet has no worker to strike at.
         trained = {owner for c in fleet.trace.commits() if (owner := fleet.owner(c)) is not None}
-        targets = sorted(m for m in trained - self._busy if fleet.members[m].poll() is None)
+        targets = sorted(trained - self._busy)
         if kind != "join" and len(targets) <= 2:
             kind = "join"
         if kind == "join" and len(fleet.members) > fleet.shape.world:
