@@ -77,6 +77,35 @@ def solo_process_group(device: torch.device) -> dist.ProcessGroup:
     return _make(HashStore(), 0, 1, device, 30.0, 600.0)
 
 
+class _Waits:
+    """What gloo's threads touch when a collective ends.
+
+    Apart from the group, because a callback must not hold the last reference to it: a group that is freed
+    on one of its own threads joins itself, which ends the process.
+    """
+
+    def __init__(self, bell: Bell) -> None:
+        self.bell = bell
+        self.unfinished = 0
+        self.promises: set[Future[Tensor | Exception]] = set()
+        self.failure: str | None = None
+
+    def finished_one(self, _: Future[list[Tensor]]) -> None:
+        with self.bell:
+            self.unfinished -= 1
+            self.bell.notify_all()
+
+    def keep(self, promise: Future[Tensor | Exception], value: Tensor | Exception) -> None:
+        """Settle a promise once; who comes second is ignored."""
+        with self.bell:
+            if promise not in self.promises:
+                return
+            self.promises.remove(promise)
+            if isinstance(value, CollectiveFailed):
+                self.failure = self.failure or str(value)
+        promise.set_result(value)
+
+
 class Group:
     """The group of one generation.  A world of one has no process group and its collectives return at once.
 
@@ -98,12 +127,14 @@ class Group:
         self.world_size = world_size
         self.device = device
         self.aborted = False
-        self.failure: str | None = None
-        """Why a gradient's all-reduce failed, when one did."""
         self._bell = bell
+        self._waits = _Waits(bell)
         self._process_group = process_group
-        self._unfinished = 0
-        self._promises: set[Future[Tensor | Exception]] = set()
+
+    @property
+    def failure(self) -> str | None:
+        """Why a gradient's all-reduce failed, when one did."""
+        return self._waits.failure
 
     # -------------------------------------------------------------------------- collectives
 
@@ -142,30 +173,31 @@ class Group:
         """Sum `tensor` over the ranks; the result comes as a Future, which fails when the generation ends."""
         if self._process_group is None:
             return ready(tensor)
+        waits = self._waits
         promise: Future[Tensor | Exception] = Future()
         result: Future[Tensor] = promise.then(_kept)
         with self._bell:
-            self._promises.add(promise)
+            waits.promises.add(promise)
             aborted = self.aborted
         if aborted:
-            self._keep(promise, Interrupted(f"generation {self.generation} was superseded"))
+            waits.keep(promise, Interrupted(f"generation {self.generation} was superseded"))
             return result
         try:
             future = self._start(lambda group: group.allreduce([tensor]))
         except CollectiveFailed as error:
-            self._keep(promise, error)
+            waits.keep(promise, error)
             return result
         if self.device.type == "cuda":  # the abort ends the kernel itself; the stream carries the order
-            self._promises.discard(promise)
+            waits.promises.discard(promise)
             return future.then(lambda done: done.value()[0])
 
         def deliver(done: Future[list[Tensor]]) -> None:
             try:
                 done.value()
             except RuntimeError as error:
-                self._keep(promise, CollectiveFailed(_first_line(error)))
+                waits.keep(promise, CollectiveFailed(_first_line(error)))
             else:
-                self._keep(promise, tensor)
+                waits.keep(promise, tensor)
 
         future.add_done_callback(deliver)
         return result
@@ -196,24 +228,9 @@ class Group:
             raise CollectiveFailed(_first_line(error)) from error
         if self.device.type == "cpu":
             with self._bell:
-                self._unfinished += 1
-            future.add_done_callback(self._finished_one)
+                self._waits.unfinished += 1
+            future.add_done_callback(self._waits.finished_one)
         return future
-
-    def _finished_one(self, _: Future[list[Tensor]]) -> None:
-        with self._bell:
-            self._unfinished -= 1
-            self._bell.notify_all()
-
-    def _keep(self, promise: Future[Tensor | Exception], value: Tensor | Exception) -> None:
-        """Settle a promise once; who comes second is ignored."""
-        with self._bell:
-            if promise not in self._promises:
-                return
-            self._promises.remove(promise)
-            if isinstance(value, CollectiveFailed):
-                self.failure = self.failure or str(value)
-        promise.set_result(value)
 
     # --------------------------------------------------------------------------------- the end
 
@@ -223,10 +240,11 @@ class Group:
             if self.aborted:
                 return
             self.aborted = True
-            promises = list(self._promises)
+            waits = self._waits
+            promises = list(waits.promises)
             self._bell.notify_all()
         for promise in promises:
-            self._keep(promise, Interrupted(f"generation {self.generation} was superseded"))
+            waits.keep(promise, Interrupted(f"generation {self.generation} was superseded"))
         if self.device.type == "cuda" and self._process_group is not None:
             with contextlib.suppress(RuntimeError):  # a communicator that is already broken
                 self._process_group.abort()
@@ -234,7 +252,7 @@ class Group:
     @property
     def idle(self) -> bool:
         """Whether no collective is unfinished, so that freeing the group joins no busy thread."""
-        return self._unfinished == 0
+        return self._waits.unfinished == 0
 
     def free(self) -> None:
         """Close the connections.  Peers that still wait for this rank see their collectives fail."""

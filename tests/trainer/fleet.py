@@ -48,7 +48,7 @@ def make_dataset(directory: Path, tokens: int = 60_000) -> Path:
     return directory
 
 
-def job(data: Path, *, steps: int = 1000, **train: Any) -> dict[str, Any]:
+def job(data: Path, *, steps: int = 20_000, **train: Any) -> dict[str, Any]:
     return {
         "name": "test",
         "data": {"path": str(data)},

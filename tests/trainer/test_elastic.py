@@ -396,7 +396,7 @@ def test_a_worker_leaves_when_its_agent_is_gone(fleet: Fleet) -> None:
 def test_many_kills_and_rejoins_leak_nothing_and_leave_the_curve_alone(
     tmp_path: Path, data: Path, fleets: list[Fleet], undisturbed: dict[int, control.Step]
 ) -> None:
-    spec: dict[str, Any] = job(data, step_delay_ms=2)
+    spec: dict[str, Any] = job(data, step_delay_ms=500)  # a kill ends the pause
     (tmp_path / "churn").mkdir()
     fleet = Fleet(tmp_path / "churn", spec)
     fleets.append(fleet)
