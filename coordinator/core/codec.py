@@ -35,6 +35,7 @@ from coordinator.core.model import (
     AgentUnassigned,
     CertificateRenewed,
     CheckpointDamaged,
+    CheckpointDoubted,
     CheckpointRetired,
     CheckpointWanted,
     CollectiveFailed,
@@ -338,6 +339,11 @@ def describe(record: Record) -> str:
         case PendingDropped():
             return (
                 f"job {record.job_id}: unfinished checkpoint {record.step} given up{_because(record.reason)}"
+            )
+        case CheckpointDoubted():
+            return (
+                f"job {record.job_id}: agent {record.agent_id} could not restore checkpoint {record.step}"
+                f"{_because(record.detail)}"
             )
         case CheckpointDamaged():
             return f"job {record.job_id}: checkpoint {record.step} is damaged{_because(record.detail)}"

@@ -30,6 +30,7 @@ from coordinator.core.model import (
     AgentUnassigned,
     CertificateRenewed,
     CheckpointDamaged,
+    CheckpointDoubted,
     CheckpointWanted,
     CollectiveFailed,
     CoordinatorStarted,
@@ -361,8 +362,13 @@ def _ready(state: State, now_ms: int, agent: Agent, job: Job, event: ReadyReceiv
     if agent.presence is Presence.LOST:
         until_ms = now_ms + state.timing.lease_ms
         records += [_renewed(now_ms, agent, until_ms), AgentReturned(at_ms=now_ms, agent_id=agent.agent_id)]
-    holders = job.generation.holders if job.generation is not None else ()
-    if readiness.holds_state and readiness.step > job.committed_step + 1 and agent.agent_id not in holders:
+    generation = job.generation
+    store = (readiness.store_host, readiness.store_port)
+    if generation is not None and store == (generation.store_host, generation.store_port):
+        return Decision()  # it crossed the plan that used this store up
+    holders = generation.holders if generation is not None else ()
+    ahead = readiness.step > job.committed_step + checkpoints.MAX_STEPS_AHEAD
+    if readiness.holds_state and ahead and agent.agent_id not in holders:
         detail = f"says that it holds step {readiness.step}, but {job.committed_step} is the newest committed"
         records += strike(state, now_ms, agent, detail)
         readiness = replace(readiness, holds_state=False, step=0, state_digest="")
@@ -484,27 +490,25 @@ def _failed(state: State, now_ms: int, agent: Agent, job: Job, event: WorkerFail
         case FailureKind.DIVERGED:
             return _diverged(state, now_ms, agent, job, event)
         case FailureKind.KILLED | FailureKind.WEDGED:
+            if _told_before(agent, event):
+                return _unready(now_ms, agent, job)
             detail = f"worker {event.kind.value}: {event.detail}"
             return _accept(
                 *_worker_gone(state, now_ms, agent, job, detail),
                 *strike(state, now_ms, agent, detail),
             )
         case FailureKind.PROGRAM:
+            if _told_before(agent, event):
+                return _unready(now_ms, agent, job)
             return _accept(
                 *_worker_gone(state, now_ms, agent, job, event.detail),
-                *_count(now_ms, agent, job, event),
+                *_count(state, now_ms, agent, job, event),
             )
         case FailureKind.PREPARE:
             return _accept(
                 *_worker_gone(state, now_ms, agent, job, event.detail),
                 *strike(state, now_ms, agent, f"preparation failed: {event.detail}"),
-                *_count(now_ms, agent, job, event),
-                AgentUnassigned(
-                    at_ms=now_ms,
-                    agent_id=agent.agent_id,
-                    job_id=job.job_id,
-                    reason=f"preparation failed: {event.detail}",
-                ),
+                *_count(state, now_ms, agent, job, event),
             )
         case _:
             assert_never(event.kind)
@@ -525,21 +529,53 @@ def _collective(now_ms: int, job: Job, event: WorkerFailedReceived) -> Decision:
     )
 
 
+def _told_before(agent: Agent, event: WorkerFailedReceived) -> bool:
+    """Evidence is sent again after a reconnection.  An agent that lost its worker in a generation is not
+    in that one any more, so it cannot lose another there."""
+    return 0 < event.generation <= agent.failed_generation
+
+
+def _unready(now_ms: int, agent: Agent, job: Job) -> Decision:
+    """In doubt it is not ready: it says so again if it is."""
+    if agent.agent_id in engaged(job) or agent.readiness is None:
+        return Decision()
+    return _accept(AgentReadied(at_ms=now_ms, agent_id=agent.agent_id, readiness=None))
+
+
 def _restore(now_ms: int, job: Job, event: WorkerFailedReceived) -> Decision:
-    """Only the leader restores, so only it can say that a checkpoint is damaged."""
+    """Only the leader restores, so only it can say that it cannot.
+
+    Its own disk may be at fault: another leads the next try, and a checkpoint is damaged once two have
+    failed with it, or the only one."""
     generation = _current(job, event.agent_id, event.generation)
     if isinstance(generation, Refused):
         return Decision(reply=generation)
     leads = bool(generation.members) and generation.members[0].agent_id == event.agent_id
-    if not leads or generation.from_checkpoint_step != event.step or event.agent_id in generation.formed:
+    if not leads or event.agent_id in generation.formed or event.agent_id in generation.gone:
         return _refuse(
-            Refusal.INVALID,
-            f"step: agent {event.agent_id} was not asked to restore checkpoint {event.step}",
+            Refusal.INVALID, f"agent {event.agent_id} was not asked to restore generation {generation.number}"
         )
-    damaged = checkpoints.newest_good(job)
-    if damaged is None or damaged.step != event.step:
-        return Decision()
-    return _accept(CheckpointDamaged(at_ms=now_ms, job_id=job.job_id, step=event.step, detail=event.detail))
+    out = MemberLost(
+        at_ms=now_ms,
+        job_id=job.job_id,
+        generation=generation.number,
+        agent_id=event.agent_id,
+        evidence=Evidence.NOT_FORMED,
+        detail=event.detail,
+    )
+    step = generation.from_checkpoint_step
+    found = next((c for c in job.checkpoints if c.step == step and not c.damaged), None)
+    if found is None:
+        return _accept(out)  # nobody holds the state that was to be in memory: it does not lead again
+    others = tuple(a for a in found.doubted_by if a != event.agent_id)
+    if others or len(generation.members) == 1:
+        return _accept(
+            CheckpointDamaged(at_ms=now_ms, job_id=job.job_id, step=found.step, detail=event.detail)
+        )
+    doubted = CheckpointDoubted(
+        at_ms=now_ms, job_id=job.job_id, step=found.step, agent_id=event.agent_id, detail=event.detail
+    )
+    return _accept(doubted, out)
 
 
 def _diverged(state: State, now_ms: int, agent: Agent, job: Job, event: WorkerFailedReceived) -> Decision:
@@ -571,12 +607,19 @@ def _worker_gone(
     return (AgentReadied(at_ms=now_ms, agent_id=agent.agent_id, readiness=None),)
 
 
-def _count(now_ms: int, agent: Agent, job: Job, event: WorkerFailedReceived) -> tuple[Record, ...]:
-    """Rule 11.  A generation's failure counts once, however many of its members crash by it.  Outside a
-    generation each agent counts once, so that one volunteer alone cannot use up the job's failures."""
+def _count(
+    state: State, now_ms: int, agent: Agent, job: Job, event: WorkerFailedReceived
+) -> tuple[Record, ...]:
+    """Rule 11.  A generation's failure counts once, however many of its members crash by it.
+
+    One volunteer alone cannot use up the job's failures: one that is the only one to crash, again, gets
+    a strike instead; and outside a generation each agent counts once."""
     member = event.kind is FailureKind.PROGRAM and event.generation > 0
     if member and event.generation <= job.failed_generation:
         return ()
+    has_peers = job.generation is not None and len(job.generation.members) > 1
+    if member and has_peers and agent.agent_id == job.failed_agent:
+        return strike(state, now_ms, agent, f"crashed again: {event.detail}")
     alone = len(job.assigned) <= 1
     if not member and agent.agent_id in job.prepare_failed and not alone:
         return ()

@@ -7,6 +7,7 @@ has to look at because of a record.  A renewed lease puts nothing on it, which k
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, assert_never
 
@@ -26,7 +27,9 @@ from coordinator.core.model import (
     AgentSuspected,
     AgentUnassigned,
     CertificateRenewed,
+    Checkpoint,
     CheckpointDamaged,
+    CheckpointDoubted,
     CheckpointRetired,
     CheckpointWanted,
     CollectiveFailed,
@@ -195,7 +198,7 @@ def evolve(state: State, record: Record) -> None:
                     holders=_without(generation.holders, record.agent_id),
                 ),
             )
-            _set(state, record.agent_id, readiness=None)
+            _set(state, record.agent_id, readiness=None, failed_generation=record.generation)
         case CollectiveFailed():
             job, generation = _generation(state, record.job_id)
             first_ms = generation.collective_failed_ms
@@ -220,6 +223,7 @@ def evolve(state: State, record: Record) -> None:
                 last_failure=record.detail,
                 failed_step=job.committed_step,
                 failed_generation=max(job.failed_generation, record.generation),
+                failed_agent=record.agent_id if record.generation else job.failed_agent,
                 prepare_failed=prepare_failed,
             )
         case StepsCommitted():
@@ -252,15 +256,15 @@ def evolve(state: State, record: Record) -> None:
         case PendingDropped():
             job = state.jobs[record.job_id]
             _set_job(state, job, pending=tuple(p for p in job.pending if p.step != record.step))
-        case CheckpointDamaged():
-            job = state.jobs[record.job_id]
-            _set_job(
+        case CheckpointDoubted():
+            _change_checkpoint(
                 state,
-                job,
-                checkpoints=tuple(
-                    replace(c, damaged=record.detail or "damaged") if c.step == record.step else c
-                    for c in job.checkpoints
-                ),
+                record,
+                lambda found: replace(found, doubted_by=(*found.doubted_by, record.agent_id)),
+            )
+        case CheckpointDamaged():
+            _change_checkpoint(
+                state, record, lambda found: replace(found, damaged=record.detail or "damaged")
             )
         case CheckpointRetired():
             job = state.jobs[record.job_id]
@@ -375,7 +379,14 @@ def _assign(state: State, record: AgentAssigned) -> None:
         agenda.jobs[record.job_id] = None
     if record.job_id in agenda.places:
         agenda.places[record.job_id] += 1
-    _set(state, record.agent_id, job_id=record.job_id, last_generation=0, readiness=None)
+    _set(
+        state,
+        record.agent_id,
+        job_id=record.job_id,
+        last_generation=0,
+        failed_generation=0,
+        readiness=None,
+    )
     agenda.agents[record.agent_id] = None
 
 
@@ -511,6 +522,16 @@ def _commit_steps(state: State, record: StepsCommitted) -> None:
     )
     if job.pending or job.phase is not JobPhase.RUNNING:
         state.agenda.jobs[record.job_id] = None
+
+
+def _change_checkpoint(
+    state: State,
+    record: CheckpointDoubted | CheckpointDamaged,
+    change: Callable[[Checkpoint], Checkpoint],
+) -> None:
+    job = state.jobs[record.job_id]
+    checkpoints = tuple(change(c) if c.step == record.step else c for c in job.checkpoints)
+    _set_job(state, job, checkpoints=checkpoints)
 
 
 def _record_shard(state: State, record: ShardRecorded) -> None:

@@ -420,7 +420,7 @@ def plan(state: State, job: Job, proposal: Proposal, now_ms: int) -> tuple[Recor
         holders = (*holders, *(a for a in leaving if a in old.holders))
     timing = state.timing
     deadline_ms = now_ms + timing.rebuild_timeout_ms
-    if proposal.cut is Cut.AFTER_STEP:
+    if proposal.cut is Cut.AFTER_STEP or job.spec.launch == "torchrun":  # which stops scripts in its own time
         deadline_ms += job.spec.step_timeout_ms
     store = state.agents[members[0]].readiness if members else None
     assert store is not None or released, f"{members[:1]} leads but names no store"

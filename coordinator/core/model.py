@@ -270,6 +270,9 @@ class Agent:
     strikes: int = 0
     last_strike_ms: int = 0
     last_generation: int = 0  # newest generation of `job_id` that it was planned into and not released from
+    failed_generation: int = (
+        0  # newest one of `job_id` that its worker's end cost it: a repeated report is told
+    )
     # volatile: not journalled, rebuilt after a restart
     session_id: SessionId | None = None
     session_closed_ms: int | None = None
@@ -372,6 +375,7 @@ class Checkpoint:
     bytes: int
     committed_ms: int
     damaged: str = ""  # why it cannot be restored, if found so
+    doubted_by: tuple[AgentId, ...] = ()  # leaders that could not restore it, which may be their own fault
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -401,6 +405,7 @@ class Job:
     still has to say about steps belongs to a state that was given up."""
     failed_step: int = 0  # committed_step when a failure was last counted
     failed_generation: int = 0  # a generation's failure counts once, however many members report it
+    failed_agent: AgentId | None = None  # whose failure in a generation was counted last
     prepare_failed: tuple[AgentId, ...] = ()  # whose failures outside a generation were counted
 
 
@@ -918,6 +923,17 @@ class PendingDropped:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class CheckpointDoubted:
+    """A leader could not restore it.  Another is tried before it counts as damaged."""
+
+    at_ms: int
+    job_id: JobId
+    step: int
+    agent_id: AgentId
+    detail: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class CheckpointDamaged:
     at_ms: int
     job_id: JobId
@@ -1024,6 +1040,7 @@ DurableRecord = (
     | ShardRecorded
     | ManifestCommitted
     | PendingDropped
+    | CheckpointDoubted
     | CheckpointDamaged
     | CheckpointRetired
     | CheckpointWanted

@@ -240,15 +240,19 @@ def _late(state: State, job: Job, generation: Generation) -> tuple[AgentId, ...]
 
 
 def _not_formed(state: State, job: Job, now_ms: int) -> tuple[Record, ...]:
-    """Rule 9.  When nobody at all could form, it is the leader's store that nobody could reach; to blame
-    everyone would throw away the state that they hold."""
+    """Rule 9.  Healthy workers that wait in vain say so in time, so the silent ones are out.  When all
+    have said so, or nobody, it is the leader whom they could not reach; to blame everyone would throw
+    away the state that they hold."""
     generation = job.generation
     if generation is None or now_ms < generation.deadline_ms:
         return ()
     late = _late(state, job, generation)
     members = tuple(m.agent_id for m in generation.members)
-    if members and not generation.formed and members[0] in late:
-        late = (members[0], *(a for a in late if a not in members))
+    waiting = [a for a in members if a in late]
+    silent = [a for a in waiting if a not in generation.collective_failed]
+    if waiting and not generation.formed and len(silent) in (0, len(members)):
+        silent = waiting[:1]
+    late = (*(silent or waiting), *(a for a in late if a not in members))
     records: list[Record] = []
     for agent_id in late:
         detail = f"generation {generation.number} was not formed in time"
