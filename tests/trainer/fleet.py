@@ -104,6 +104,9 @@ class Worker:
                     "MUSTER_PARENT_PID": str(os.getpid()),
                     "OMP_NUM_THREADS": "1",
                     "GLOO_SOCKET_IFNAME": "lo",
+                    # Several NCCL ranks on one card: each is a host of its own, as volunteers are.
+                    "NCCL_HOSTID": name,
+                    "NCCL_SOCKET_IFNAME": "lo",
                     "FAULT": fault,
                 },
             )
