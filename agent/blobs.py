@@ -277,10 +277,24 @@ def dataset_digests(manifest_json: str) -> tuple[str, ...]:
     return digests
 
 
-def checkpoint_digests(manifest_json: str) -> tuple[int, tuple[str, ...]]:
-    """The step of a `muster-checkpoint-1` manifest and the blobs it names.  Raise BlobError."""
-    try:
-        manifest = json.loads(manifest_json)
-        return int(manifest["step"]), tuple(shard["digest"] for shard in manifest["shards"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise BlobError(f"checkpoint manifest: malformed ({error!r})") from error
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Checkpoint:
+    """What the agent needs of a `muster-checkpoint-1` manifest."""
+
+    step: int
+    digests: tuple[str, ...]
+    bytes: int
+
+    @staticmethod
+    def parse(manifest_json: str) -> Checkpoint:
+        """Raise BlobError if it is malformed."""
+        try:
+            manifest = json.loads(manifest_json)
+            shards = manifest["shards"]
+            return Checkpoint(
+                step=int(manifest["step"]),
+                digests=tuple(shard["digest"] for shard in shards),
+                bytes=sum(int(shard["bytes"]) for shard in shards),
+            )
+        except (ValueError, KeyError, TypeError) as error:
+            raise BlobError(f"checkpoint manifest: malformed ({error!r})") from error

@@ -21,7 +21,7 @@ import grpc.aio
 import structlog
 
 from agent import control
-from agent.blobs import BlobClient, ShardReports, checkpoint_digests, dataset_digests
+from agent.blobs import BlobClient, Checkpoint, ShardReports, dataset_digests
 from agent.errors import BlobError
 from agent.home import Home, JobFiles, write_atomically
 from agent.ledger import Ledger
@@ -38,6 +38,7 @@ PONG_TIMEOUT_S = 30.0
 FAREWELL_S = 1.0
 PROGRESS_RETRY_S = 0.5
 REFUSALS_ENDURED = 4
+RESTORE_BYTES_PER_S = 5e6  # the slowest line on which a checkpoint is still waited for
 STEADY_S = 5.0  # a worker that lived this long in a generation is not crash-looping
 LONGEST_DELAY_S = 60.0
 FETCHES_AT_ONCE = 4
@@ -513,25 +514,30 @@ class JobRun:
         self.member_of = plan.generation
         self._released = self._released_told = self._finished_told = 0
         self._leads = member.group_rank == 0
-        if plan.from_checkpoint and plan.checkpoint_json and self._leads:
-            self._restoring = self._tasks.start(self._restore(plan, member))
+        checkpoint = restored(plan)
+        if checkpoint is not None and self._leads:
+            self._restoring = self._tasks.start(self._restore(plan, member, checkpoint))
         else:
-            self._hand_out(plan, member)
+            self._hand_out(plan, member, checkpoint)
         if self.lobby.pids:  # otherwise it crossed our report of a worker's end, and another plan follows
             self.lobby.offer(plan)
         if plan.from_checkpoint:
-            self.ledger.rewind(checkpoint_step(plan))
-        self.ledger.acknowledge(plan.committed_step if not plan.from_checkpoint else checkpoint_step(plan))
+            self.ledger.rewind(checkpoint.step if checkpoint is not None else 0)
+        self.ledger.acknowledge(plan.committed_step)
         self._send_progress_anew()
         log.info(
             "job.plan", job=self.job_id, generation=plan.generation, rank=member.group_rank, why=plan.reason
         )
 
-    def _hand_out(self, plan: agent_pb2.Plan, member: agent_pb2.Member) -> None:
+    def _hand_out(
+        self, plan: agent_pb2.Plan, member: agent_pb2.Member, checkpoint: Checkpoint | None
+    ) -> None:
         world_size = sum(m.worker_count for m in plan.members)
-        source, step = "memory", None
+        source = "memory"
         if plan.from_checkpoint:
-            source, step = ("checkpoint", checkpoint_step(plan)) if plan.checkpoint_json else ("fresh", None)
+            source = "fresh" if checkpoint is None else "checkpoint"
+        # The others wait while the leader fetches what it lacks.
+        forming_s = self.rebuild_timeout_s + (checkpoint.bytes / RESTORE_BYTES_PER_S if checkpoint else 0.0)
         for index, slot in self._slots.items():
             message = control.Plan(
                 generation=plan.generation,
@@ -545,15 +551,15 @@ class JobRun:
                 committed_step=plan.committed_step,
                 committed_digest=plan.committed_digest,
                 source=source,
-                checkpoint_step=step,
+                checkpoint_step=checkpoint.step if checkpoint is not None else None,
                 release=False,
                 checkpoint_before_cut=plan.checkpoint_before_cut,
                 # Less than our own deadline: a healthy worker that waits for a dead peer says so in time.
-                timeout_s=0.8 * self.rebuild_timeout_s,
+                timeout_s=0.8 * forming_s,
             )
             self._cut(slot, plan, message)
             slot.planned = plan.generation
-        self._set_deadline(plan)
+        self._set_deadline(plan, forming_s)
 
     def _cut(self, slot: Slot, plan: agent_pb2.Plan, message: control.Plan) -> None:
         if plan.cut == agent_pb2.CUT_ABORT and slot.planned:
@@ -584,7 +590,7 @@ class JobRun:
                 timeout_s=0.8 * self.rebuild_timeout_s,
             )
             self._cut(slot, plan, message)
-        self._set_deadline(plan)
+        self._set_deadline(plan, self.rebuild_timeout_s)
         self._check_released()
         log.info("job.released", job=self.job_id, generation=plan.generation, why=plan.reason)
 
@@ -600,16 +606,15 @@ class JobRun:
             self._leads = False
             self.announce()
 
-    async def _restore(self, plan: agent_pb2.Plan, member: agent_pb2.Member) -> None:
+    async def _restore(self, plan: agent_pb2.Plan, member: agent_pb2.Member, checkpoint: Checkpoint) -> None:
         """The leader brings the checkpoint into its cache before its workers hear of the plan."""
         assert self._files is not None
-        delay_s, step = 0.2, 0
+        delay_s, step = 0.2, checkpoint.step
         while True:
             try:
-                step, digests = checkpoint_digests(plan.checkpoint_json)
-                for digest in digests:
+                for digest in checkpoint.digests:
                     await asyncio.to_thread(self._blobs.cache.recheck, digest)
-                await self._fetch_all(digests)
+                await self._fetch_all(checkpoint.digests)
                 await asyncio.to_thread(
                     write_atomically, self._files.manifest(step), plan.checkpoint_json.encode()
                 )
@@ -626,14 +631,14 @@ class JobRun:
                 log.warning("restore.waiting", job=self.job_id, step=step, why=error.details())
             await asyncio.sleep(delay_s * random.uniform(0.5, 1.0))
             delay_s = min(delay_s * 2, LONGEST_DELAY_S)
-        self._checkpoints[step] = set(digests)
+        self._checkpoints[step] = set(checkpoint.digests)
         self._forget_checkpoints()
-        self._hand_out(plan, member)
+        self._hand_out(plan, member, checkpoint)
 
-    def _set_deadline(self, plan: agent_pb2.Plan) -> None:
+    def _set_deadline(self, plan: agent_pb2.Plan, forming_s: float) -> None:
         """The coordinator's own deadline comes first, and its next plan sets ours anew: what is left to us
         is a worker that hangs while nobody else decides."""
-        allowed_s = self.rebuild_timeout_s + min(1.0, 0.1 * self.rebuild_timeout_s)
+        allowed_s = forming_s + min(1.0, 0.1 * forming_s)
         if plan.cut == agent_pb2.CUT_AFTER_STEP:
             allowed_s += self._step_timeout_s
         self._deadline = asyncio.get_running_loop().call_later(
@@ -848,6 +853,6 @@ class JobRun:
             await asyncio.to_thread(self._thread.join, 5.0)
 
 
-def checkpoint_step(plan: agent_pb2.Plan) -> int:
-    """The step from which a `from_checkpoint` plan goes on; 0 for a fresh start."""
-    return checkpoint_digests(plan.checkpoint_json)[0] if plan.checkpoint_json else 0
+def restored(plan: agent_pb2.Plan) -> Checkpoint | None:
+    """The checkpoint that the plan's leader restores, if any."""
+    return Checkpoint.parse(plan.checkpoint_json) if plan.from_checkpoint and plan.checkpoint_json else None

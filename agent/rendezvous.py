@@ -78,7 +78,14 @@ class StoreShelf:
             if abort:
                 closing.append(self._previous)
                 self._previous = None
-            self._current = self._unused.pop(port, None) if port is not None else None
+            self._current = None
+            while port in self._unused and self._current is None:
+                # Whoever knows of this store will not ask for one that was announced before it.
+                announced, store = self._unused.popitem(last=False)
+                if announced == port:
+                    self._current = store
+                else:
+                    closing.append(store)
             current = self._current
         closing.clear()
         return current

@@ -206,9 +206,7 @@ class Session:
         call = self._call
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(timeout_s):
-                await (
-                    self._disconnected.wait()
-                )  # the coordinator ends the stream once it has read the goodbye
+                await self._disconnected.wait()  # the coordinator ends a stream that said goodbye
         call.cancel()
 
 

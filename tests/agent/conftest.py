@@ -49,7 +49,7 @@ class Volunteer:
         chosen = Settings(**{"worker_command": WORKER, "gpus": (), **settings})
         self.agent = Agent(self.home, identity, chosen)
         self.task = asyncio.create_task(self.agent.run())
-        await self.coordinator.until(lambda: self.coordinator.sessions, 60.0, "no session was opened")
+        await self.coordinator.heard("heartbeat", timeout_s=60.0)
 
     def assign(self, fake: dict[str, Any] | None = None, job_id: str = "j1", **spec: Any) -> None:
         text = json.dumps({"name": "test", "fake": fake or {}, **spec})

@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+from pathlib import Path
 
 import pytest
 
@@ -399,3 +400,29 @@ async def test_certificate_is_renewed_without_dropping_the_session(
     assert Identity.load(volunteer.home.identity).key_pem != identity.key_pem
     await coordinator.heard("heartbeat", lambda beat: beat.sequence > 5)
     assert len(coordinator.sessions) == 1
+
+
+def entries(folder: str) -> int:
+    """How many file descriptors or threads this process has."""
+    return sum(1 for _ in Path("/proc/self", folder).iterdir())
+
+
+async def test_many_generations_leak_neither_descriptors_nor_threads(
+    volunteer: Volunteer, coordinator: FakeCoordinator
+) -> None:
+    await volunteer.start()
+    volunteer.assign()
+    held: list[tuple[int, ...]] = []
+    for generation in range(1, 61):
+        ready = await coordinator.heard("ready")
+        cut = agent_pb2.CUT_AFTER_STEP if generation % 3 else agent_pb2.CUT_ABORT
+        volunteer.plan(generation, ready, cut=cut)
+        await coordinator.heard("formed", lambda formed, wanted=generation: formed.generation == wanted)
+        if generation % 20 == 5:
+            await coordinator.heard("ready")
+            os.kill(volunteer.told("plan")[-1]["pid"], signal.SIGKILL)
+            await coordinator.heard("failed")
+        held.append((entries("fd"), entries("task")))
+    descriptors, threads = zip(*held, strict=True)
+    assert max(descriptors[30:]) <= max(descriptors[:30]) + 2, descriptors
+    assert max(threads[30:]) <= max(threads[:30]) + 1, threads

@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator
 import grpc.aio
 import pytest
 
-from agent.blobs import BlobCache, BlobClient, checkpoint_digests, dataset_digests
+from agent.blobs import BlobCache, BlobClient, Checkpoint, dataset_digests
 from agent.errors import BlobError
 from agent.home import Home
 from protos import agent_pb2_grpc, wire
@@ -95,4 +95,4 @@ def test_malformed_manifests_are_refused() -> None:
     with pytest.raises(BlobError, match="malformed"):
         dataset_digests('{"splits": [1]}')
     with pytest.raises(BlobError, match="malformed"):
-        checkpoint_digests('{"step": "x"}')
+        Checkpoint.parse('{"step": "x"}')
