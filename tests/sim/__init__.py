@@ -1,0 +1,1 @@
+"""A simulated fleet around the real core: see docs/reliability.md."""
