@@ -386,6 +386,8 @@ def _assign(state: State, record: AgentAssigned) -> None:
         last_generation=0,
         failed_generation=0,
         readiness=None,
+        idle_reason="",
+        idle_unmet=(),
     )
     agenda.agents[record.agent_id] = None
 

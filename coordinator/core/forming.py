@@ -105,16 +105,19 @@ def serving(state: State, job: Job, agent_id: AgentId) -> bool:
 
 
 def survivors(state: State, job: Job) -> tuple[AgentId, ...]:
-    """Members of the newest generation that are still there, by rank.  If it has none, and never came to
-    be, those who have not left the one before."""
+    """Members of the newest generation that are still there, by rank.
+
+    Until it came to be, those who have not left the one before count too where nobody else is there, or
+    nobody else holds the state."""
     generation = job.generation
     if generation is None:
         return ()
     gone = frozenset(generation.gone)
     members = (member.agent_id for member in generation.members)
     alive = tuple(a for a in members if a not in gone and serving(state, job, a))
-    if not alive and generation.formed_ms is None:
-        alive = tuple(a for a in generation.leaving if serving(state, job, a))
+    if generation.formed_ms is None and not any(a in generation.holders for a in alive):
+        staying = tuple(a for a in generation.leaving if serving(state, job, a))
+        alive += tuple(a for a in staying if a in generation.holders or not generation.members)
     return alive
 
 

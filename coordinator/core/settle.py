@@ -399,16 +399,17 @@ def _again(state: State, job: Job, now_ms: int) -> tuple[Record, ...]:
 
 
 def _surplus(state: State, job: Job, now_ms: int) -> tuple[Record, ...]:
-    """Unassign who is too many: the lost first, then the last that came."""
-    excess = len(job.assigned) - 2 * job.spec.max_nodes
-    if excess <= 0:
+    """Unassign who is too many: the last that came, and of the lost, who may never return, the first."""
+    most = 2 * job.spec.max_nodes
+    if len(job.assigned) <= most:
         return ()
     inside = matching.engaged(job)
-    idle = [state.agents[a] for a in reversed(job.assigned) if a not in inside]
-    idle.sort(key=lambda agent: agent.presence is not Presence.LOST)
-    return tuple(
-        _unassign(job, agent.agent_id, "the job has enough agents", now_ms) for agent in idle[:excess]
-    )
+    idle = [a for a in job.assigned if a not in inside]
+    lost = [a for a in idle if state.agents[a].presence is Presence.LOST]
+    there = [a for a in idle if matching.counts(state.agents[a])]
+    excess = max(0, matching.places_taken(state, job) - most)
+    out = (*there[max(0, len(there) - excess) :], *lost[: max(0, len(lost) - most)])
+    return tuple(_unassign(job, agent_id, "the job has enough agents", now_ms) for agent_id in out)
 
 
 def _change(job: Job, phase: JobPhase, why: Why, detail: str, now_ms: int) -> JobPhaseChanged:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from coordinator.core.codec import decode_record, encode_record, encode_state, is_durable
 from coordinator.core.evolve import evolve
-from coordinator.core.forming import why
+from coordinator.core.forming import serving, why
 from coordinator.core.matching import counts
 from coordinator.core.model import (
     ENDED,
@@ -13,8 +15,8 @@ from coordinator.core.model import (
     GenerationPlanned,
     JobId,
     JobPhase,
-    LeasesRefreshed,
     ManifestCommitted,
+    MemberLost,
     PushPlan,
     Record,
     Standing,
@@ -63,6 +65,18 @@ def check_state(state: State, now_ms: int) -> None:
     for job_id, places in state.agenda.places.items():
         assert places == sum(counts(state.agents[a]) for a in state.jobs[job_id].assigned)
     assert state.agenda.live.keys() == {j.job_id for j in state.jobs.values() if j.phase not in ENDED}
+
+
+def check_nothing_held_was_given_up(
+    state: State, held: Mapping[JobId, tuple[AgentId, ...]], outcome: Outcome
+) -> None:
+    """Promise 1: no committed step is lost while one up-to-date member lives."""
+    proven_lost = {record.agent_id for record in outcome.records if isinstance(record, MemberLost)}
+    for record in outcome.records:
+        if isinstance(record, StepsRolledBack):
+            job = state.jobs[record.job_id]
+            alive = [a for a in held.get(job.job_id, ()) if a not in proven_lost and serving(state, job, a)]
+            assert not alive, f"rolled back to {record.to_step} although {alive} hold more"
 
 
 class Journal:
@@ -122,8 +136,3 @@ class Journal:
     def check_replay(self, state: State) -> None:
         """Folding the journal gives the durable part of the state."""
         assert encode_state(self.replayed()) == encode_state(state)
-
-
-def forget(state: State) -> None:
-    """What a restart does to a state that was read back: nothing is known to be alive."""
-    evolve(state, LeasesRefreshed(at_ms=0, until_ms=()))

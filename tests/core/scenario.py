@@ -72,7 +72,7 @@ from coordinator.core.model import (
 )
 from coordinator.core.settle import next_deadline
 from coordinator.core.step import step
-from tests.core.invariants import Journal, check_state
+from tests.core.invariants import Journal, check_nothing_held_was_given_up, check_state
 
 TOKEN = TokenId("token")
 Words = list[str]
@@ -98,11 +98,8 @@ class Scenario:
     def run(self, path: Path) -> None:
         """Run the transcript at `path`; an AssertionError names the line."""
         for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-            words = line.split("#")[0].split()
-            if not words:
-                continue
             try:
-                self.command(words)
+                self.say(line.split("#")[0])
             except (AssertionError, ValueError, KeyError) as error:
                 raise AssertionError(
                     f"{path.name}:{number}: {line.strip()}: {error}\n{self.told()}"
@@ -112,7 +109,11 @@ class Scenario:
     def told(self) -> str:
         return "\n".join(f"  {item}" for item in (*self.records, *self.pushes, self.reply))
 
-    def command(self, words: Words) -> None:
+    def say(self, line: str) -> None:
+        """Run one line."""
+        words = line.split()
+        if not words:
+            return
         verb, rest = words[0], words[1:]
         if verb == "expect":
             self.expect(rest)
@@ -137,11 +138,13 @@ class Scenario:
                 raise ValueError(f"unknown command {verb}")
 
     def happen(self, event: Event) -> None:
+        held = {job.job_id: job.generation.holders for job in self.state.jobs.values() if job.generation}
         outcome = step(self.state, self.now_ms, event)
         self.records += outcome.records
         self.pushes += outcome.pushes
         self.reply = outcome.reply
         self.journal.check(outcome)
+        check_nothing_held_was_given_up(self.state, held, outcome)
         check_state(self.state, self.now_ms)
 
     def pass_time(self, until_ms: int) -> None:
