@@ -94,9 +94,9 @@ def _around(fleet: Fleet, old_generation: int, since_ns: int) -> list[Commit]:
     return [c for c in fleet.trace.commits() if c.generation == old_generation or c.t_ns > since_ns]
 
 
-def _missed(fleet: Fleet, since_ns: int) -> Sample:
+def _missed(fleet: Fleet, since_ns: int, limit_s: float | None = None) -> Sample:
     if fleet.alive():
-        return Sample(recovery_s=None, steps_lost=None, note=f"limit {fleet.limit_s:g} s")
+        return Sample(recovery_s=None, steps_lost=None, note=f"limit {limit_s or fleet.limit_s:g} s")
     seconds = (time.monotonic_ns() - since_ns) / 1e9
     return Sample(recovery_s=None, steps_lost=None, note=f"every member had ended after {seconds:.1f} s")
 
@@ -175,7 +175,7 @@ def join(fleet: Fleet, _rank: int, _rng: random.Random) -> Sample:
         return len(entered) == shape.world
 
     if not fleet.trace.wait(done, fleet.start_limit_s, start=start, alive=fleet.alive):
-        return _missed(fleet, since_ns)
+        return _missed(fleet, since_ns, fleet.start_limit_s)
     commits = _around(fleet, newest.generation, since_ns)
     pauses = []
     for member in survivors:

@@ -61,9 +61,6 @@ def main() -> None:
     args = parser.parse_args()
 
     dist.init_process_group("gloo")
-    if args.collective_timeout_s is not None:
-        # Only now: the same timeout at init would also bound the wait for workers still importing torch.
-        dist.distributed_c10d._set_pg_timeout(timedelta(seconds=args.collective_timeout_s))
     rank, world = dist.get_rank(), dist.get_world_size()
     model = build(args.seed)
     optimizer = optimizer_for(model)
@@ -72,6 +69,10 @@ def main() -> None:
     # Names this world: TORCHELASTIC_RESTART_COUNT differs between agents, so rank 0's clock serves.
     epoch = torch.tensor([time.monotonic_ns()])
     dist.broadcast(epoch, src=0)
+    dist.barrier()
+    if args.collective_timeout_s is not None:
+        # Only now that everybody is here: before, it would bound the wait for workers still importing torch.
+        dist.distributed_c10d._set_pg_timeout(timedelta(seconds=args.collective_timeout_s))
     steps = StepTrace()
     while not args.steps or step < args.steps:
         step += 1

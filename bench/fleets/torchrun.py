@@ -79,7 +79,7 @@ class TorchrunTuned(Torchrun):
 
     system = "torchrun-tuned"
     note = (
-        "monitor 0.1 s, keep-alive 1 s × 2, last call 1 s, shutdown timeout 1 s, collectives fail after "
+        "monitor 0.1 s, keep-alive 1 s × 3, last call 1 s, shutdown timeout 1 s, collectives fail after "
         f"the silence budget; checkpoint every {CHECKPOINT_EVERY_STEPS} steps"
     )
     options = ("--max-restarts=1000", "--monitor-interval=0.1", "--shutdown-timeout=1")
@@ -88,7 +88,9 @@ class TorchrunTuned(Torchrun):
         "close_timeout": 2,
         "heartbeat_timeout": 1,
         "keep_alive_interval": 1,
-        "keep_alive_max_attempt": 2,
+        # Not 2: a keep-alive is late by up to one interval, and a node that finds itself expired in its own
+        # copy of the state never sends another (a later joiner then waits for ever).
+        "keep_alive_max_attempt": 3,
         "read_timeout": 5,
     }
     tuned = True
