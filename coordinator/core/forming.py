@@ -34,6 +34,8 @@ from coordinator.core.model import (
 
 UPLOAD_MS = 600_000
 """The last checkpoint of leaving members is waited for so long once some of it has been stored."""
+RESTORE_BYTES_PER_MS = 5_000
+"""The slowest line on which a restored checkpoint is still waited for; agents reckon alike (agent/job.py)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -425,6 +427,9 @@ def plan(state: State, job: Job, proposal: Proposal, now_ms: int) -> tuple[Recor
     deadline_ms = now_ms + timing.rebuild_timeout_ms
     if proposal.cut is Cut.AFTER_STEP or job.spec.launch == "torchrun":  # which stops scripts in its own time
         deadline_ms += job.spec.step_timeout_ms
+    restored = next((c for c in job.checkpoints if c.step == from_step), None)
+    if restored is not None:  # the leader may have to fetch it first, as slowly as agents bear with
+        deadline_ms += restored.bytes // RESTORE_BYTES_PER_MS
     store = state.agents[members[0]].readiness if members else None
     assert store is not None or released, f"{members[:1]} leads but names no store"
     generation = Generation(
