@@ -351,7 +351,7 @@ def main() -> None:
     parser.add_argument("--systems", type=chosen({s.system for s in SYSTEMS}), default=list(DEFAULT_SYSTEMS))
     parser.add_argument("--cases", type=chosen(set(CASES)), default=list(CASES))
     parser.add_argument("--step-delay-ms", type=int, default=20)
-    parser.add_argument("--silence-s", type=float, default=1.0, help="Muster's lease, and its equals")
+    parser.add_argument("--silence-s", type=float, default=0.3, help="Muster's lease, and its equals")
     parser.add_argument("--seed", type=int, default=1)
     args = parser.parse_args()
     shape = Shape(step_delay_ms=args.step_delay_ms, silence_s=args.silence_s, seed=args.seed)

@@ -95,7 +95,7 @@ class CoordinatorConfig(Section):
     home: str | None = None
     """Directory made by `musterd init`; relative to this file.  `--home` wins."""
     listen: Listen = Listen()
-    lease: DurationMs = Field(default=10_000, ge=1_000, le=600_000)
+    lease: DurationMs = Field(default=10_000, ge=200, le=600_000)
     timing: TimingOverrides = TimingOverrides()
     certificates: Certificates = Certificates()
     blobs: Blobs = Blobs()

@@ -39,10 +39,10 @@ class Timing:
 
     @staticmethod
     def from_lease(lease_ms: int) -> Timing:
-        """Derive the budget.  `lease_ms` is 1,000 to 600,000."""
+        """Derive the budget.  `lease_ms` is 200 to 600,000; below a second is for machines in one room."""
         return Timing(
             lease_ms=lease_ms,
-            heartbeat_ms=max(100, lease_ms // 4),
+            heartbeat_ms=max(50, lease_ms // 4),
             grace_ms=lease_ms // 2,
             rebuild_timeout_ms=max(5_000, 2 * lease_ms),
             quarantine_base_ms=4 * lease_ms,

@@ -75,7 +75,7 @@ def test_the_whole_budget_follows_from_the_lease(tmp_path: Path) -> None:
         ("listen: {main: nowhere}", "listen.main: address 'nowhere': expected HOST:PORT"),
         ("lease: [", "not YAML"),
         ("- a", "expected a mapping of sections, found list"),
-        ("lease: 1ms", "lease: input should be greater than or equal to 1000, found"),
+        ("lease: 1ms", "lease: input should be greater than or equal to 200, found"),
     ],
 )
 def test_a_bad_config_names_the_file_and_the_field(tmp_path: Path, text: str, says: str) -> None:
