@@ -58,12 +58,15 @@ def report(state: State, job: Job, now_ms: int, event: ShardReported) -> Decisio
     records: list[Record] = []
     if found is None and len(job.pending) >= MAX_PENDING:
         dropped = _to_drop(job)
-        if not _is_ahead(job, dropped.step) and (event.step < dropped.step or _is_ahead(job, event.step)):
+        ahead = _is_ahead(job, event.step)
+        if not _is_ahead(job, dropped.step) and (event.step < dropped.step or ahead):
             steps = " and ".join(str(p.step) for p in job.pending)
             message = (
                 f"step: found {event.step}; checkpoints {steps} are being stored, which is as many as may be"
             )
-            return Decision(reply=Refused(refusal=Refusal.INVALID, message=message))
+            # Word of the steps before it is on its way: only an older checkpoint is not wanted any more.
+            why = Refusal.RATE_LIMITED if ahead else Refusal.INVALID
+            return Decision(reply=Refused(refusal=why, message=message))
         records.append(
             PendingDropped(
                 at_ms=now_ms,

@@ -182,6 +182,9 @@ def evolve(state: State, record: Record) -> None:
                 replace(
                     generation,
                     leaving=_without(generation.leaving, record.agent_id),
+                    uploading=generation.uploading
+                    if generation.members
+                    else (*_without(generation.uploading, record.agent_id), record.agent_id),
                     holders=_without(generation.holders, record.agent_id),
                 ),
             )
@@ -350,6 +353,7 @@ def _arrive(state: State, record: AgentArrived) -> None:
         changes = {"readiness": None, "last_generation": 0, "step": 0, "activity": "", "tokens_per_s": 0.0}
         if agent.drain_until_left:
             changes |= {"draining": False, "drain_reason": "", "drain_until_left": False}
+        _forget_upload(state, agent)
     _presence(
         state,
         record.agent_id,
@@ -369,13 +373,26 @@ def _arrive(state: State, record: AgentArrived) -> None:
     )
 
 
+def _forget_upload(state: State, agent: Agent) -> None:
+    """What its process had still to store went with it."""
+    if agent.job_id is None:
+        return
+    job = state.jobs[agent.job_id]
+    generation = job.generation
+    if generation is not None and agent.agent_id in generation.uploading:
+        uploading = _without(generation.uploading, agent.agent_id)
+        _set_generation(state, job, replace(generation, uploading=uploading))
+
+
 def _assign(state: State, record: AgentAssigned) -> None:
     job = state.jobs[record.job_id]
     job = replace(job, assigned=(*job.assigned, record.agent_id))
     state.jobs[record.job_id] = job
     agenda = state.agenda
-    # One more that is not ready yet changes nothing for a job that has agents: thousands may come at once.
-    if job.phase is JobPhase.QUEUED or len(job.assigned) > 2 * job.spec.max_nodes:
+    # One more that is not ready yet changes nothing for a job that has agents (thousands may come at once),
+    # unless it was about to form without waiting for anybody.
+    about_to_form = ("job", record.job_id) in agenda.due and job.gathered_ms is None and job.standby_ms is None
+    if job.phase is JobPhase.QUEUED or len(job.assigned) > 2 * job.spec.max_nodes or about_to_form:
         agenda.jobs[record.job_id] = None
     if record.job_id in agenda.places:
         agenda.places[record.job_id] += 1
@@ -423,6 +440,7 @@ def _expelled(generation: Generation | None, agent_id: AgentId) -> Generation | 
     """Without the agent for good: should it be assigned again, it comes as a joiner."""
     if generation is None:
         return None
+    generation = replace(generation, uploading=_without(generation.uploading, agent_id))
     inside = agent_id in generation.leaving or any(m.agent_id == agent_id for m in generation.members)
     if not inside or agent_id in generation.gone:
         return generation

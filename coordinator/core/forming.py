@@ -393,8 +393,8 @@ def checkpoint_awaited(state: State, job: Job) -> int | None:
     newest = newest_good(job)
     if newest is not None and newest.step >= job.committed_step:
         return None
-    if not any(state.agents[a].session_id is not None for a in job.assigned):
-        return None
+    if not any(serving(state, job, a) for a in (*generation.leaving, *generation.uploading)):
+        return None  # nobody is left who could store it
     begun = any(p.step >= job.committed_step for p in job.pending)
     return generation.deadline_ms + (UPLOAD_MS if begun else 0)
 

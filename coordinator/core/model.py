@@ -334,6 +334,8 @@ class Generation:
     finished_step: int = 0
     leaving: tuple[AgentId, ...] = ()
     """Agents of superseded generations that are not members here and have not said they are out."""
+    uploading: tuple[AgentId, ...] = ()
+    """Agents that left at the cut of a generation without members, and may still be storing its checkpoint."""
     gone: tuple[AgentId, ...] = ()
     """Members, or agents leaving, that are out for good though their agent may live."""
     holders: tuple[AgentId, ...] = ()

@@ -64,6 +64,7 @@ UNASSIGN_PATIENCE_MS = 3_000
 UPLOAD_PATIENCE_MS = 60_000
 
 LIE = "beef" * 8
+_PASSING = frozenset({Refusal.RATE_LIMITED, Refusal.NO_SPACE, Refusal.UNKNOWN_BLOB})
 
 _OF_A_GENERATION = frozenset({FailureKind.COLLECTIVE, FailureKind.RESTORE})
 
@@ -455,6 +456,8 @@ class ShardReports:
         def answered(_: State, reply: Reply) -> None:
             if isinstance(reply, Refused):
                 process.fleet.checks.refused(reply)
+                if reply.refusal in _PASSING:
+                    return  # it is sent again
             if not machine.cut_down:
                 process.timer(machine.latency_ms(), self._done, upload)
 

@@ -128,7 +128,7 @@ class Checks:
         agent, generation = state.agents[push.agent_id], push.generation
         require(agent.job_id == push.job_id, f"{push.agent_id} is told a plan of a job that it does not serve")
         require(agent.last_generation > 0, f"{push.agent_id} stands by and is told a plan")
-        if generation.from_checkpoint_step is not None:
+        if generation.from_checkpoint_step is not None and generation.formed_ms is None:
             require(push.checkpoint_json, f"generation {generation.number} begins from a checkpoint that is gone")
 
     def _look_at_everything(self, state: State, now_ms: int, deadline: int | None) -> None:
@@ -139,7 +139,9 @@ class Checks:
         look_at_everything(afresh)
         found = settle(afresh, now_ms)
         require(not found, f"the agenda hid what is due: {found[:1]}")
-        require(next_deadline(afresh) == deadline, f"the agenda says {deadline}; afresh {next_deadline(afresh)}")
+        due = next_deadline(afresh)
+        late = due is not None and (deadline is None or deadline > due)
+        require(not late, f"the agenda wakes at {deadline}, but something is due at {due}")
 
     # ------------------------------------------------------------------------- after every commit
 
@@ -258,6 +260,7 @@ class Checks:
 
     def refused(self, reply: Refused) -> None:
         self.refusals[reply.refusal.name] += 1
+        self.fleet.world.tell(f"refused: {reply.refusal.name}: {reply.message}")
 
     def unrestorable(self, digests: list[str]) -> None:
         """A plan's leader found a checkpoint incomplete."""

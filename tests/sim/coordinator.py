@@ -90,7 +90,7 @@ class GoAway:
 
 @dataclass(slots=True)
 class Ticket:
-    at_ms: int
+    at_ms: int | None
     event: Event
     released: Released | None
     rows: tuple[StepRow, ...]
@@ -190,7 +190,7 @@ class Coordinator:
             self.world.tell("coordinator goes on")
             self.frozen = False
             if self.world.chance(0.5):  # what waits at its sockets is read only after this
-                self._queue.appendleft(Ticket(0, Tick(), None, ()))
+                self._queue.appendleft(Ticket(None, Tick(), None, ()))
             self._turn()
 
     # ------------------------------------------------------------------------- deciding
@@ -199,7 +199,7 @@ class Coordinator:
         """Have `event` decided; `released` is called when what came of it is durable.  Lost if it is down."""
         if not self.up:
             return
-        at_ms = 0 if self.frozen else self._clock.now_ms()
+        at_ms = None if self.frozen else self._clock.now_ms()
         self._queue.append(Ticket(at_ms, event, released, rows))
         if not self._busy:
             self._turn()
@@ -249,11 +249,11 @@ class Coordinator:
             self._turn()
 
     def _apply(self, ticket: Ticket) -> bool:
-        if not ticket.at_ms:
-            ticket.at_ms = self._clock.now_ms()
-        outcome = ticket.outcome = step(self.state, ticket.at_ms, ticket.event)
+        at_ms = self._clock.now_ms() if ticket.at_ms is None else ticket.at_ms
+        ticket.at_ms = at_ms
+        outcome = ticket.outcome = step(self.state, at_ms, ticket.event)
         ticket.lines = [codec.encode_record(r) for r in outcome.records if codec.is_durable(r)]
-        self.checks.decided(self.state, ticket.at_ms, ticket.event, outcome, ticket.lines)
+        self.checks.decided(self.state, at_ms, ticket.event, outcome, ticket.lines)
         return bool(ticket.lines)
 
     def _commit(self, batch: list[Ticket]) -> None:
@@ -266,7 +266,7 @@ class Coordinator:
         for ticket in batch:
             assert ticket.outcome is not None
             self.journal += ticket.lines
-            if ticket.lines:
+            if ticket.lines and ticket.at_ms is not None:
                 self._last_ms = ticket.at_ms
             self._keep_steps(ticket, ticket.outcome)
             self.checks.committed(self, ticket.event, ticket.outcome)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import traceback
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -737,11 +738,13 @@ def simulate(
     problem: str | None = None
     try:
         fleet.run()
-    except AssertionError as error:
-        problem = str(error) or repr(error)
+    except Violation as error:
+        problem = str(error)
+    except Exception as error:
+        where = traceback.extract_tb(error.__traceback__)[-1]
+        problem = f"{type(error).__name__} in {where.name}: {error}"
+    if problem is not None:
         fleet.world.tell(f"VIOLATION: {problem}")
-        if not isinstance(error, Violation):
-            problem = f"{type(error).__name__}: {problem}"
     return Result(
         seed=seed,
         problem=problem,
