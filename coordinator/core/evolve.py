@@ -391,7 +391,9 @@ def _assign(state: State, record: AgentAssigned) -> None:
     agenda = state.agenda
     # One more that is not ready yet changes nothing for a job that has agents (thousands may come at once),
     # unless it was about to form without waiting for anybody.
-    about_to_form = ("job", record.job_id) in agenda.due and job.gathered_ms is None and job.standby_ms is None
+    about_to_form = (
+        ("job", record.job_id) in agenda.due and job.gathered_ms is None and job.standby_ms is None
+    )
     if job.phase is JobPhase.QUEUED or len(job.assigned) > 2 * job.spec.max_nodes or about_to_form:
         agenda.jobs[record.job_id] = None
     if record.job_id in agenda.places:

@@ -114,6 +114,25 @@ def test_who_is_not_known_is_refused(scenario: Scenario) -> None:
     assert refusal(scenario, ReadyReceived(agent_id=AgentId("a"), readiness=readiness)) is Refusal.UNKNOWN_JOB
 
 
+def test_a_store_that_a_plan_used_up_is_not_taken_again(scenario: Scenario) -> None:
+    scenario.say("job tiny min 1 max 1")
+    scenario.say("agent a joins")
+    scenario.say("agent a ready")
+    generation = scenario.job().generation
+    assert generation is not None
+    crossed = Readiness(
+        job_id=scenario.job().job_id,
+        store_host=generation.store_host,
+        store_port=generation.store_port,
+        holds_state=False,
+        step=0,
+        state_digest="",
+    )
+    scenario.happen(ReadyReceived(agent_id=AgentId("a"), readiness=crossed))
+    assert scenario.reply == Accepted()
+    assert scenario.state.agents[AgentId("a")].readiness is None
+
+
 def test_a_renewed_certificate_is_kept(scenario: Scenario) -> None:
     scenario.say("agent a joins")
     scenario.happen(IdentityRenewed(agent_id=AgentId("a"), certificate_serial="99"))
