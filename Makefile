@@ -29,7 +29,7 @@ demo: $(VENV)/installed
 	$(BIN)/muster local --agents 3 --kill-after 20 --rejoin-after 10 --out out/demo configs/demo.yaml
 
 test: $(VENV)/installed-dev
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --durations 10
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .
