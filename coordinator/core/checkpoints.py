@@ -59,7 +59,7 @@ def report(state: State, job: Job, now_ms: int, event: ShardReported) -> Decisio
     if found is None and len(job.pending) >= MAX_PENDING:
         dropped = _to_drop(job)
         ahead = _is_ahead(job, event.step)
-        if not _is_ahead(job, dropped.step) and (event.step < dropped.step or ahead):
+        if ahead or (event.step < dropped.step and not _is_ahead(job, dropped.step)):
             steps = " and ".join(str(p.step) for p in job.pending)
             message = (
                 f"step: found {event.step}; checkpoints {steps} are being stored, which is as many as may be"

@@ -93,7 +93,7 @@ def match(state: State, now_ms: int) -> tuple[Record, ...]:
     Each of the others that is idle is told why, when the reason is new."""
     agenda = state.agenda
     looked_at = [a for a in (state.agents[i] for i in agenda.agents) if _listens(a)]
-    if not looked_at and not agenda.slots:
+    if not looked_at and not agenda.slots and not _may_lend(state):
         return ()
     jobs = _wanting(state)
     taken = {job.job_id: places_taken(state, job) for job in jobs}
@@ -158,6 +158,12 @@ def _best(jobs: list[Job], taken: dict[JobId, int], agent: Agent) -> Job | None:
         if taken[job.job_id] < job.spec.max_nodes:
             return job
     return wanted[0] if wanted else None
+
+
+def _may_lend(state: State) -> bool:
+    """Whether a job on the agenda might have an agent to spare for another."""
+    touched = (state.jobs[job_id] for job_id in state.agenda.jobs)
+    return len(state.agenda.live) > 1 and any(len(job.assigned) > job.spec.max_nodes for job in touched)
 
 
 def _lend(state: State, now_ms: int, jobs: list[Job], taken: dict[JobId, int]) -> list[Record]:
