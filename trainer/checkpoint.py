@@ -24,7 +24,6 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save as safetensors_bytes
 from torch import Tensor
 
 from trainer.config import TrainingConfig, config_digest
@@ -146,6 +145,55 @@ def layout(specs: Iterable[TensorSpec], shard_bytes: int) -> tuple[ShardLayout, 
             shards[-1].append(piece)
             room -= piece.bytes
     return tuple(ShardLayout(index=i, pieces=tuple(pieces)) for i, pieces in enumerate(shards))
+
+
+_SAFETENSORS = {
+    "BOOL": "bool", "U8": "uint8", "F16": "float16", "BF16": "bfloat16",
+    "I32": "int32", "F32": "float32", "F64": "float64", "I64": "int64",
+}  # fmt: skip
+_SAFETENSORS_NAMES = {ours: theirs for theirs, ours in _SAFETENSORS.items()}
+_SAFETENSORS_ORDER = tuple(_SAFETENSORS.values())
+
+
+class ShardImage:
+    """A shard's file, byte for byte, as memory that tensors are copied into.
+
+    The file's header depends on the layout only, so that between a live tensor and the disk there is one
+    copy.  The bytes are those that the safetensors library would write: tensors in descending order of
+    dtype (its enumeration) and then by name, and a header padded with spaces to a multiple of 8.
+    """
+
+    def __init__(self, shard: ShardLayout) -> None:
+        self.shard = shard
+        ordered = sorted(shard.pieces, key=lambda p: (-_SAFETENSORS_ORDER.index(p.spec.dtype), p.key))
+        described: dict[str, Any] = {}
+        starts: list[tuple[Piece, int]] = []
+        end = 0
+        for piece in ordered:
+            start, end = end, end + piece.bytes
+            starts.append((piece, start))
+            described[piece.key] = {
+                "dtype": _SAFETENSORS_NAMES[piece.spec.dtype],
+                "shape": list(piece.spec.shape) if piece.whole else [piece.stop - piece.start],
+                "data_offsets": [start, end],
+            }
+        text = json.dumps(described, separators=(",", ":"), ensure_ascii=False).encode()
+        text += b" " * (-len(text) % 8)
+        self._header = len(text).to_bytes(8, "little") + text
+        self._starts = tuple((piece, len(self._header) + start) for piece, start in starts)
+        self.bytes = len(self._header) + end
+        """Of the whole file."""
+
+    @torch.no_grad()
+    def fill(self, memory: Tensor, tensors: Mapping[str, Tensor]) -> None:
+        """Copy the shard's pieces of `tensors` (any device) into `memory`: uint8 [self.bytes] on the CPU,
+        at a multiple of 8 in its storage.  Into pinned memory, copies from CUDA are only queued."""
+        memory[: len(self._header)] = torch.frombuffer(bytearray(self._header), dtype=torch.uint8)
+        for piece, start in self._starts:
+            if piece.bytes:
+                source = piece.of(tensors[piece.spec.name])
+                target = memory[start : start + piece.bytes].view(source.dtype).view(source.shape)
+                target.copy_(source, non_blocking=True)
 
 
 # ---------------------------------------------------------------------------------------- manifest
@@ -296,16 +344,24 @@ class CheckpointDirectory:
         A blob that is already there under the same digest is kept.  Raise OSError when the disk is full;
         nothing half-written stays.
         """
-        pieces = {
-            piece.key: piece.of(tensors[piece.spec.name].detach()).cpu().contiguous()
-            for piece in shard.pieces
-        }
-        data = safetensors_bytes(pieces)
-        digest = hashlib.sha256(data).hexdigest()
+        image = ShardImage(shard)
+        memory = torch.empty(image.bytes, dtype=torch.uint8)
+        image.fill(memory, tensors)
+        digest = sha256(memory)
+        self.store(digest, memory)
+        return ShardFile(index=shard.index, digest=digest, bytes=image.bytes)
+
+    def store(self, digest: str, data: Tensor) -> bool:
+        """Write a blob (uint8 on the CPU) durably under its SHA-256, which the caller has computed.
+
+        What is there already, whole, is kept: then False.  Raise OSError when the disk is full; nothing
+        half-written stays.
+        """
         path = self._blobs / digest
-        if not path.exists() or _sha256(path) != digest:
-            _write_durably(path, data)
-        return ShardFile(index=shard.index, digest=digest, bytes=len(data))
+        if path.exists() and path.stat().st_size == len(data) and _sha256(path) == digest:
+            return False
+        _write_durably(path, data.numpy().data)
+        return True
 
     def write_manifest(self, manifest: Manifest) -> Path:
         """Commit a checkpoint here.  Write it after all its shards."""
@@ -466,12 +522,6 @@ class CheckpointDirectory:
                         target.view(-1)[piece.start : piece.stop].copy_(source)
 
 
-_SAFETENSORS = {
-    "F32": "float32", "F64": "float64", "F16": "float16", "BF16": "bfloat16",
-    "I64": "int64", "I32": "int32", "U8": "uint8", "BOOL": "bool",
-}  # fmt: skip
-
-
 def _described(spec: TensorSpec | None) -> str:
     return "absent" if spec is None else f"{spec.dtype}{list(spec.shape)}"
 
@@ -481,14 +531,20 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _write_durably(path: Path, data: bytes) -> None:
+def sha256(data: Tensor) -> str:
+    """Of a uint8 tensor on the CPU, in hex."""
+    return hashlib.sha256(data.numpy().data).hexdigest()
+
+
+def _write_durably(path: Path, data: bytes | memoryview) -> None:
     """Temporary, fsync, rename, fsync of the directory: readers see all of it or nothing, also after a crash."""
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=".new.")
     try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(data)
-            file.flush()
+        with os.fdopen(descriptor, "wb", buffering=0) as file:
+            rest = memoryview(data)
+            while rest:
+                rest = rest[file.write(rest) :]
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException:

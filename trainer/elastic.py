@@ -580,6 +580,7 @@ class ElasticGroup:
 
     def _prepare_state(self, plan: control.Plan, group: Group) -> str | None:
         """Make the state that a plan without memory starts from.  Returns what went wrong, if anything."""
+        self._saver.before_update()  # healing and restoring write into what it reads
         if plan.source == "memory":
             return None
         self._holds, self._pending, self._last, self.step = False, 0, NO_OUTCOME, 0
@@ -754,12 +755,13 @@ class ElasticGroup:
             self._lose(error)
 
     def _take_checkpoint(self, generation: int, rank: int, world_size: int) -> None:
-        self._finish_saving()
+        if self._saver.busy:
+            self._finish_saving()
         self._doing("saving")
         self._saver.take(
             generation=generation,
             step=self.step,
-            state_digest=self._state.digest(),
+            state_digest=self._state.digest,
             header=self._describe(self.step),
             rank=rank,
             world_size=world_size,
