@@ -1,8 +1,9 @@
-"""Take a trained model out of its checkpoint: for transformers, or as plain safetensors.
+"""Take a trained model out of its checkpoint: for transformers, as plain safetensors, or all of it for DCP.
 
-    python -m trainer.export --checkpoint-dir DIR [--step N] --format hf|safetensors --out DIR [--tokenizer …]
+    python -m trainer.export --checkpoint-dir DIR [--step N] --format hf|safetensors|dcp --out DIR [--tokenizer …]
 
-`DIR` is a local layout (`blobs/`, `manifests/`).  Only the model's parameters are taken.
+`DIR` is a local layout (`blobs/`, `manifests/`).  hf and safetensors take the model's parameters, dcp the
+whole state, optimizer included.  `trainer.importing` reads all three back.
 """
 
 from __future__ import annotations
@@ -12,16 +13,21 @@ import json
 import shutil
 import sys
 import tempfile
+import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.distributed.checkpoint import filesystem, state_dict_saver
 
-from trainer.checkpoint import MODEL_PREFIX, CheckpointDirectory, CheckpointError
+from trainer.checkpoint import MODEL_PREFIX, CheckpointDirectory, CheckpointError, Manifest
 from trainer.model import GPT, ModelShape
 from trainer.tokenizer import END_OF_TEXT, Tokenizer, TokenizerError, load_tokenizer
+
+DCP_INDEX = "muster.json"
+DCP_FORMAT = "muster-dcp-1"
 
 
 class ExportError(Exception):
@@ -102,13 +108,15 @@ def export(
 ) -> int:
     """Write the export directory `out`, all of it or nothing, and return the checkpoint's step.
 
-    `form` is `hf` (config.json, model.safetensors, tokenizer files if a tokenizer is given) or
-    `safetensors` (our own names, and model.json with the shape).  Raise CheckpointError or ExportError.
+    `form` is `hf` (config.json, model.safetensors, tokenizer files if a tokenizer is given), `safetensors`
+    (our own names, and model.json with the shape) or `dcp` (for `torch.distributed.checkpoint.load`, and
+    muster.json for the way back).  Raise CheckpointError or ExportError.
     """
     out = Path(out)
     if out.exists():
         raise ExportError(f"--out {out}: exists already; choose another directory or remove it")
-    model, found = load_model(CheckpointDirectory(checkpoint_dir), step)
+    directory = CheckpointDirectory(checkpoint_dir)
+    model, found = load_model(directory, step)
     if tokenizer is not None and tokenizer.vocab_size > model.shape.vocab_size:
         raise ExportError(
             f"--tokenizer: has {tokenizer.vocab_size} tokens but the model knows {model.shape.vocab_size}; "
@@ -123,10 +131,13 @@ def export(
             save_file(hf_state(model), work / "model.safetensors", metadata={"format": "pt"})
             end_of_text = tokenizer.end_of_text if tokenizer else None
             _write_json(work / "config.json", hf_config(model.shape, end_of_text))
+        elif form == "dcp":
+            _write_dcp(directory, directory.manifest(found), work)
         else:
             save_file({name: p.detach() for name, p in model.named_parameters()}, work / "model.safetensors")
             _write_json(work / "model.json", model.shape.to_dict())
-        (work / "model.safetensors").chmod(0o644)  # the library makes it private
+        if form != "dcp":
+            (work / "model.safetensors").chmod(0o644)  # the library makes it private
         if tokenizer is not None:
             (work / "tokenizer.json").write_text(tokenizer.as_tokenizers_json(), encoding="utf-8")
             if form == "hf":
@@ -150,6 +161,24 @@ def export(
     return found
 
 
+def _write_dcp(directory: CheckpointDirectory, manifest: Manifest, out: Path) -> None:
+    """The whole state as DCP writes it without a process group, and where in it each tensor lies.
+
+    DCP's own index is a pickle, which nothing of ours opens: muster.json says the same.
+    """
+    tensors: dict[str, Any] = dict(directory.read(manifest))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # that there is no process group is meant
+        writer = filesystem.FileSystemWriter(out, overwrite=False)
+        saved = state_dict_saver.save(tensors, storage_writer=writer, no_dist=True)
+    storage = {
+        index.fqn: [place.relative_path, place.offset, place.length]
+        for index, place in saved.storage_data.items()
+    }
+    value = {"format": DCP_FORMAT, "manifest": json.loads(manifest.to_json()), "storage": storage}
+    _write_json(out / DCP_INDEX, value)
+
+
 def _write_json(path: Path, value: dict[str, Any]) -> None:
     path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
@@ -160,7 +189,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--checkpoint-dir", required=True, type=Path, metavar="DIR")
     parser.add_argument("--step", type=int, help="which checkpoint (the newest)")
-    parser.add_argument("--format", choices=("hf", "safetensors"), default="hf")
+    parser.add_argument("--format", choices=("hf", "safetensors", "dcp"), default="hf")
     parser.add_argument("--out", required=True, type=Path, metavar="DIR")
     parser.add_argument("--tokenizer", metavar="byte|FILE.json", help="the dataset's tokenizer, to go along")
     options = parser.parse_args(arguments)

@@ -1,4 +1,4 @@
-"""`muster checkpoint`: list, verify and export what training has saved."""
+"""`muster checkpoint`: list, verify and export what training has saved, import what others have."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from coordinator.admin.errors import BadInput, OperationFailed
-from coordinator.admin.options import with_coordinator
+from coordinator.admin.options import with_coordinator, with_output
 from coordinator.admin.output import Column, Output, moment, size
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ def checkpoint_name(text: str) -> CheckpointName:
 
 @click.group()
 def checkpoint() -> None:
-    """List, verify and export checkpoints.
+    """List, verify, export and import checkpoints.
 
     CHECKPOINT is JOB@STEP, or JOB for its newest one.
     """
@@ -118,10 +118,11 @@ def verify(*, coordinator: Coordinator, output: Output, name: CheckpointName) ->
 @click.option(
     "--format",
     "form",
-    type=click.Choice(["hf", "safetensors"]),
+    type=click.Choice(["hf", "safetensors", "dcp"]),
     default="hf",
     show_default=True,
-    help="hf: a directory for transformers' GPT2LMHeadModel; safetensors: parameters and optimizer state.",
+    help="hf: a directory for transformers' GPT2LMHeadModel; safetensors: the parameters; "
+    "dcp: parameters and optimizer state for torch.distributed.checkpoint.",
 )
 @click.option(
     "--out", type=click.Path(path_type=Path), required=True, help="Directory to make; must not exist yet."
@@ -150,6 +151,41 @@ def export(
     files = sorted(path.name for path in out.iterdir())
     view = {"job": fetched.job, "step": fetched.step, "format": form, "out": str(out), "files": files}
     output.done(view, f"{out}: step {fetched.step} as {form} ({', '.join(files)})")
+
+
+@checkpoint.command("import")
+@click.argument("source", metavar="PATH", type=click.Path(path_type=Path))
+@click.option(
+    "--format",
+    "form",
+    type=click.Choice(["hf", "safetensors", "nanogpt", "dcp"]),
+    required=True,
+    help="hf: a directory of a GPT2LMHeadModel; safetensors, dcp: one that `export` made; "
+    "nanogpt: a ckpt.pt, of which nothing is run.",
+)
+@click.option(
+    "--out", type=click.Path(path_type=Path), required=True, help="Directory to make; must not exist yet."
+)
+@click.option(
+    "--config", type=click.Path(path_type=Path), metavar="FILE", help="The job file that is to go on from it."
+)
+@with_output
+def import_checkpoint(*, output: Output, source: Path, form: str, out: Path, config: Path | None) -> None:
+    """Make a local checkpoint directory of what another program saved.
+
+    `muster generate DIR` reads it, and training without a coordinator goes on from it where it is the
+    job file's checkpoint.dir.
+    """
+    from coordinator.admin.submission import run_trainer
+
+    if out.exists():
+        raise BadInput(f"--out {out}: exists already; name a directory that does not, or remove it")
+    arguments = ["--format", form, "--from", str(source), "--out", str(out)]
+    if config is not None:
+        arguments += ["--config", str(config)]
+    step = int(run_trainer("importing", arguments, EXPORT_LIMIT_S, capture=True))
+    view = {"source": str(source), "format": form, "step": step, "out": str(out)}
+    output.done(view, f"{out}: step {step} from {source}")
 
 
 # ----------------------------------------------------------------------------------- shared with others

@@ -86,6 +86,32 @@ def test_export_writes_a_directory_that_holds_the_model(
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["model"]
 
 
+def test_what_was_exported_for_dcp_is_imported_as_the_same_checkpoint(
+    muster_json, muster, stored: Path, tmp_path: Path
+) -> None:
+    out, back = str(tmp_path / "dcp"), str(tmp_path / "back")
+    view = muster_json("checkpoint", "export", JOB, "--format", "dcp", "--out", out)
+    assert "muster.json" in view["files"]
+    view = muster_json("checkpoint", "import", out, "--format", "dcp", "--out", back)
+    assert (view["step"], view["out"]) == (2, back)
+    assert {path.name for path in Path(back, "blobs").iterdir()} == {
+        path.name for path in (stored / "blobs").iterdir()
+    }
+    options = ("--prompt", "-fleet", "--tokens", "8", "--seed", "3")
+    assert muster_json("generate", back, *options)["text"] == muster_json("generate", JOB, *options)["text"]
+
+
+def test_import_refuses_a_pickle_and_leaves_nothing(muster, tmp_path: Path) -> None:
+    (tmp_path / "ckpt.pt").write_bytes(b"cos\nmkdir\n(S'" + str(tmp_path / "ran").encode() + b"'\ntR.")
+    result = muster(
+        "checkpoint", "import", str(tmp_path / "ckpt.pt"), "--format", "nanogpt", "--out", str(tmp_path / "c")
+    )
+    assert result.exit_code == 1
+    assert "nothing in it was run" in error_line(result)
+    assert not (tmp_path / "ran").exists()
+    assert not (tmp_path / "c").exists()
+
+
 def test_export_of_a_damaged_shard_fails_and_leaves_nothing(
     muster, served: Served, stored: Path, tmp_path: Path
 ) -> None:
