@@ -7,21 +7,24 @@ from which a broken download resumes.
 from __future__ import annotations
 
 import asyncio
+import functools
 import hashlib
 import json
 import os
 import random
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
 
 import grpc
 import grpc.aio
 import structlog
 
 from agent.errors import BlobError
+from agent.presigned import Transfer, TransferBroken
 from protos import agent_pb2, agent_pb2_grpc, wire
 
 log = structlog.get_logger(__name__)
@@ -29,9 +32,12 @@ log = structlog.get_logger(__name__)
 CALL_TIMEOUT_S = 30.0
 STALL_TIMEOUT_S = 60.0
 UPLOADS_AT_ONCE = 2
+TRANSFERS_AT_ONCE = 8
+PRESIGNED_TRIES = 5
 FIRST_DELAY_S = 0.2
 LONGEST_DELAY_S = 15.0
 
+Reply = TypeVar("Reply")
 Stub = Callable[[], agent_pb2_grpc.AgentServiceStub]
 
 
@@ -106,12 +112,16 @@ class BlobCache:
 
 
 class BlobClient:
-    """Moves blobs between the cache and the coordinator's store.  `stub` gives the current channel's."""
+    """Moves blobs between the cache and the coordinator's store.  `stub` gives the current channel's.
+
+    Where the coordinator hands out presigned URLs, the bytes go straight to and from its object store."""
 
     def __init__(self, stub: Stub, cache: BlobCache) -> None:
         self._stub = stub
         self.cache = cache
         self._fetching: dict[str, asyncio.Lock] = {}
+        # Apart from the loop's own threads: a store that stalls must not hold up the rest of the agent.
+        self._transfers = ThreadPoolExecutor(TRANSFERS_AT_ONCE, thread_name_prefix="transfer")
 
     async def fetch(self, digest: str) -> Path:
         """The blob's file, from the cache or the coordinator.
@@ -134,16 +144,8 @@ class BlobClient:
         try:
             file, hasher = await asyncio.to_thread(_open_partial, partial)
             try:
-                call = self._stub().GetBlob(agent_pb2.GetBlobRequest(digest=digest, offset=file.tell()))
-                try:
-                    while True:
-                        async with asyncio.timeout(STALL_TIMEOUT_S):
-                            chunk = await call.read()
-                        if chunk is grpc.aio.EOF:
-                            break
-                        await asyncio.to_thread(_append, file, hasher, chunk.data)
-                finally:
-                    call.cancel()
+                if not await self._receive_presigned(digest, file, hasher):
+                    await self._receive(digest, file, hasher)
                 await asyncio.to_thread(_sync, file)
             finally:
                 file.close()
@@ -160,6 +162,52 @@ class BlobClient:
         os.replace(partial, path)
         return True
 
+    async def _receive(self, digest: str, file: BinaryIO, hasher: Any) -> None:
+        call = self._stub().GetBlob(agent_pb2.GetBlobRequest(digest=digest, offset=file.tell()))
+        try:
+            while True:
+                async with asyncio.timeout(STALL_TIMEOUT_S):
+                    chunk = await call.read()
+                if chunk is grpc.aio.EOF:
+                    break
+                await asyncio.to_thread(_append, file, hasher, chunk.data)
+        finally:
+            call.cancel()
+
+    async def _receive_presigned(self, digest: str, file: BinaryIO, hasher: Any) -> bool:
+        """Whether this coordinator hands out URLs.  Raise TransferBroken when the store gives nothing."""
+        take = functools.partial(_append, file, hasher)
+        delay_s = FIRST_DELAY_S
+        for left in reversed(range(PRESIGNED_TRIES)):
+            request = agent_pb2.PresignGetRequest(digest=digest)
+            where = await _unless_unknown(self._stub().PresignGet(request, timeout=CALL_TIMEOUT_S))
+            if where is None or not where.url:
+                return False
+            if file.tell() >= where.bytes:
+                break
+            transfer = Transfer(where.url)
+            try:
+                await self._run(transfer, functools.partial(transfer.get, file.tell(), where.bytes, take))
+                break
+            except TransferBroken as error:
+                if not left:
+                    raise
+                log.info("blob.waiting", digest=digest, why=str(error), delay_s=delay_s)
+            await asyncio.sleep(delay_s * random.uniform(0.5, 1.0))
+            delay_s = min(delay_s * 2, LONGEST_DELAY_S)
+        return True
+
+    async def _run(self, transfer: Transfer, work: Callable[[], None]) -> None:
+        """Do a transfer in a thread; when nobody waits for it any more, end it before returning."""
+        running = asyncio.get_running_loop().run_in_executor(self._transfers, work)
+        try:
+            await asyncio.shield(running)
+        except asyncio.CancelledError:
+            transfer.abort()
+            await asyncio.wait({running})
+            running.exception()
+            raise
+
     async def upload(self, digest: str) -> None:
         """Store the blob at the coordinator unless it is there.  Raise BlobError if it is not in the cache."""
         request = agent_pb2.FindBlobsRequest(digests=[digest])
@@ -169,17 +217,46 @@ class BlobClient:
             size = self.cache.path(digest).stat().st_size
         except FileNotFoundError as error:
             raise BlobError(f"blob {digest}: is not in {self.cache.root}") from error
+        if await self._upload_presigned(digest, size):
+            return
         call = self._stub().PutBlob(self._chunks(digest, size))
         try:
             await call
         finally:
             call.cancel()
 
+    async def _upload_presigned(self, digest: str, size: int) -> bool:
+        """Whether this coordinator hands out URLs.  Raise TransferBroken when the store takes nothing."""
+        request = agent_pb2.PresignPutRequest(digest=digest, bytes=size)
+        where = await _unless_unknown(self._stub().PresignPut(request, timeout=CALL_TIMEOUT_S))
+        if where is None or not (where.received or where.url):
+            return False
+        if where.received:
+            return True
+        transfer = Transfer(where.url)
+        try:
+            await self._run(transfer, functools.partial(transfer.put, self.cache.path(digest), where.headers))
+        except TransferBroken:
+            if not await asyncio.to_thread(self.cache.recheck, digest):
+                raise BlobError(f"blob {digest}: its file in the cache is damaged") from None
+            raise
+        return True
+
     async def _chunks(self, digest: str, size: int) -> AsyncIterator[agent_pb2.PutBlobRequest]:
         yield agent_pb2.PutBlobRequest(header=agent_pb2.PutBlobHeader(digest=digest, bytes=size))
         with await asyncio.to_thread(open, self.cache.path(digest), "rb") as file:
             while data := await asyncio.to_thread(file.read, wire.CHUNK_BYTES):
                 yield agent_pb2.PutBlobRequest(data=data)
+
+
+async def _unless_unknown(call: Awaitable[Reply]) -> Reply | None:
+    """The reply, or None from a coordinator that is older than the call."""
+    try:
+        return await call
+    except grpc.aio.AioRpcError as error:
+        if error.code() is grpc.StatusCode.UNIMPLEMENTED:
+            return None
+        raise
 
 
 def _open_partial(partial: Path) -> tuple[BinaryIO, Any]:

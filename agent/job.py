@@ -218,15 +218,14 @@ class JobRun:
             try:
                 await self._fetch_data()
                 break
+            except (grpc.aio.AioRpcError, TimeoutError) as error:
+                why = error.details() if isinstance(error, grpc.aio.AioRpcError) else str(error) or "stalled"
+                self.problem = f"data: {why}"
+                if isinstance(error, grpc.aio.AioRpcError) and wire.refusal_of(error) is not None:
+                    self._report(agent_pb2.FAILURE_KIND_PREPARE, self.problem)
             except (BlobError, OSError) as error:
                 self.problem = str(error)
                 self._report(agent_pb2.FAILURE_KIND_PREPARE, self.problem)
-            except (grpc.aio.AioRpcError, TimeoutError) as error:
-                self.problem = (
-                    f"data: {error.details() if isinstance(error, grpc.aio.AioRpcError) else 'stalled'}"
-                )
-                if isinstance(error, grpc.aio.AioRpcError) and wire.refusal_of(error) is not None:
-                    self._report(agent_pb2.FAILURE_KIND_PREPARE, self.problem)
             log.warning("job.not_prepared", job=self.job_id, why=self.problem)
             await asyncio.sleep(delay_s * random.uniform(0.5, 1.0))
             delay_s = min(delay_s * 2, LONGEST_DELAY_S)

@@ -16,7 +16,7 @@ import grpc
 import grpc.aio
 import structlog
 
-from coordinator.blobs import BlobRefusedError
+from coordinator.blobs import BlobRefusedError, BlobsUnavailableError
 from coordinator.core.model import AgentId, Refusal, Standing, State
 from coordinator.identity import BadRequestError, Principal, RevokedOperators, Role, principal_of
 from coordinator.loop import LoopStoppedError
@@ -39,6 +39,8 @@ MAIN_RULES: dict[str, frozenset[Role]] = {
     "/muster.v1.AgentService/FindBlobs": _AGENT,
     "/muster.v1.AgentService/GetBlob": _AGENT,
     "/muster.v1.AgentService/PutBlob": _AGENT,
+    "/muster.v1.AgentService/PresignPut": _AGENT,
+    "/muster.v1.AgentService/PresignGet": _AGENT,
     "/muster.v1.AgentService/ReportShard": _AGENT,
     "/muster.v1.AdminService/SubmitJob": _ADMIN,
     "/muster.v1.AdminService/CommandJob": _ADMIN,
@@ -215,7 +217,7 @@ def _guarded(
         if refusal is not None:
             refused(refusal.name)
             await context.abort_with_status(refusal_status(int(refusal), str(error)))
-        elif isinstance(error, LoopStoppedError):
+        elif isinstance(error, LoopStoppedError | BlobsUnavailableError):
             await context.abort(grpc.StatusCode.UNAVAILABLE, str(error))
         else:
             log.error("call failed", error=str(error), exc_info=error)

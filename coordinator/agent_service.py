@@ -163,10 +163,21 @@ class AgentService(agent_pb2_grpc.AgentServiceServicer):
     ) -> agent_pb2.PutBlobReply:
         return await self._blob_service.put(requests)
 
+    async def PresignPut(  # noqa: N802
+        self, request: agent_pb2.PresignPutRequest, _context: grpc.aio.ServicerContext
+    ) -> agent_pb2.PresignPutReply:
+        return await self._blob_service.presign_put(request)
+
+    async def PresignGet(  # noqa: N802
+        self, request: agent_pb2.PresignGetRequest, _context: grpc.aio.ServicerContext
+    ) -> agent_pb2.PresignGetReply:
+        return await self._blob_service.presign_get(request)
+
     async def ReportShard(  # noqa: N802
         self, request: agent_pb2.ReportShardRequest, _context: grpc.aio.ServicerContext
     ) -> agent_pb2.ReportShardReply:
         event = translate.shard_report(request, calling_agent())
+        await self._blob_service.take_in(event.digest, event.bytes)
         size = await asyncio.to_thread(self._blobs.size, event.digest)
         if size is None:
             raise CallRefusedError(

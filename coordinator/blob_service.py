@@ -1,22 +1,26 @@
-"""Blobs over gRPC, the same for agents and operators: find, get, put."""
+"""Blobs over gRPC: find, get and put for agents and operators, and presigned URLs for agents."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 from collections import Counter
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
+from typing import TypeVar
 
 from coordinator import translate
 from coordinator.access import CallRefusedError, caller
-from coordinator.blobs import BlobStore
+from coordinator.blobs import BlobStore, BlobUpload, PresignedTransfers
 from coordinator.core.model import Refusal
 from coordinator.metrics import Metrics
 from protos import agent_pb2
 
+CHECKS_AT_ONCE = 2
+T = TypeVar("T")
+
 
 class BlobService:
-    """The three calls.  Disk and hash work is done in threads; transfers are bounded for each peer."""
+    """The calls.  Disk and hash work is done in threads; transfers are bounded for each peer."""
 
     def __init__(
         self, store: BlobStore, *, transfers_per_peer: int, chunk_timeout_s: float, metrics: Metrics
@@ -26,6 +30,8 @@ class BlobService:
         self._chunk_timeout_s = chunk_timeout_s
         self._metrics = metrics
         self._under_way: Counter[tuple[str, str]] = Counter()
+        self._checks: dict[tuple[str, str, int], asyncio.Task[None]] = {}
+        self._checking = asyncio.Semaphore(CHECKS_AT_ONCE)
 
     @contextlib.contextmanager
     def _slot(self, kind: str) -> Iterator[None]:
@@ -51,8 +57,7 @@ class BlobService:
         digest = translate.digest(request.digest)
         offset = translate.sequence(request.offset, "offset")
         with self._slot("download"):
-            # Opening does not wait for the disk, and in a thread a cancelled call would lose what it opened.
-            reader = self._store.read(digest, offset)
+            reader = await _opened(lambda: self._store.read(digest, offset), lambda opened: opened.close())
             try:
                 while data := await asyncio.to_thread(reader.chunk):
                     yield agent_pb2.BlobChunk(data=data)
@@ -66,7 +71,7 @@ class BlobService:
             if first is None:
                 raise translate.MalformedError("header: missing; the upload had no message")
             digest, size = translate.blob_header(first)
-            upload = self._store.upload(digest, size)
+            upload = await _opened(lambda: self._store.upload(digest, size), _discard)
             if upload is None:
                 return agent_pb2.PutBlobReply(existed=True)
             try:
@@ -78,6 +83,54 @@ class BlobService:
             finally:
                 await asyncio.shield(asyncio.to_thread(upload.discard))
         return agent_pb2.PutBlobReply(existed=False)
+
+    async def presign_put(self, request: agent_pb2.PresignPutRequest) -> agent_pb2.PresignPutReply:
+        digest, size = translate.presign_put(request)
+        presigned = self._store.presigned
+        if presigned is None:
+            return agent_pb2.PresignPutReply()
+        if (_peer(), digest, size) in self._checks:
+            return agent_pb2.PresignPutReply(received=True)
+        found = await asyncio.to_thread(presigned.put, _peer(), digest, size)
+        if found is None:
+            return agent_pb2.PresignPutReply(received=True)
+        return agent_pb2.PresignPutReply(url=found.url, headers=found.headers)
+
+    async def presign_get(self, request: agent_pb2.PresignGetRequest) -> agent_pb2.PresignGetReply:
+        digest = translate.digest(request.digest)
+        presigned = self._store.presigned
+        if presigned is None:
+            return agent_pb2.PresignGetReply()
+        found = await asyncio.to_thread(presigned.get, digest)
+        return agent_pb2.PresignGetReply(url=found.url, bytes=found.size)
+
+    async def take_in(self, digest: str, size: int) -> None:
+        """Hash what the caller has sent by a presigned PUT, so that it is a blob or is refused.
+
+        A call that ends before that leaves it running, and the next one waits for the same result."""
+        if self._store.presigned is None:
+            return
+        key = (_peer(), digest, size)
+        check = self._checks.get(key)
+        if check is None:
+            check = asyncio.create_task(self._take_in(self._store.presigned, *key), name=f"checking {digest}")
+            self._checks[key] = check
+            check.add_done_callback(lambda done: self._checked(key, done))
+        await asyncio.shield(check)
+
+    async def _take_in(self, presigned: PresignedTransfers, peer: str, digest: str, size: int) -> None:
+        async with self._checking:
+            await asyncio.to_thread(presigned.take_in, peer, digest, size)
+
+    def _checked(self, key: tuple[str, str, int], done: asyncio.Task[None]) -> None:
+        del self._checks[key]
+        if not done.cancelled():
+            done.exception()  # whoever still waits hears of it; nobody has to
+
+    async def stop(self) -> None:
+        """Give up the checks under way; what they were about is asked for again."""
+        self._store.close()
+        await asyncio.gather(*self._checks.values(), return_exceptions=True)
 
     async def _next(
         self, requests: AsyncIterator[agent_pb2.PutBlobRequest]
@@ -91,3 +144,23 @@ class BlobService:
             raise CallRefusedError(
                 Refusal.INVALID, f"data: nothing came for {self._chunk_timeout_s:g} s; send the blob again"
             ) from None
+
+
+async def _opened(opened: Callable[[], T], drop: Callable[[T], object]) -> T:
+    """Open something in a thread, for a store may be another machine.  What a cancelled call opened is dropped."""
+    opening = asyncio.ensure_future(asyncio.to_thread(opened))
+    try:
+        return await asyncio.shield(opening)
+    except asyncio.CancelledError:
+        opening.add_done_callback(lambda done: done.exception() or drop(done.result()))
+        raise
+
+
+def _discard(upload: BlobUpload | None) -> None:
+    if upload is not None:
+        upload.discard()
+
+
+def _peer() -> str:
+    principal = caller.get()
+    return f"{principal.role.value}-{principal.id}"

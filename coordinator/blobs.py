@@ -1,7 +1,8 @@
-"""The blob store: files named by the SHA-256 of their bytes, `blobs/ab/<digest>`.
+"""Where blobs live: what is asked of a blob store, and the one that is a directory.
 
-A blob exists or it does not: bytes are hashed while they are written to a temporary file, and only
-the whole and right file gets its name.  Every function here blocks; the services call them in threads.
+A blob is bytes named by their SHA-256, and it exists or it does not.  In a directory, bytes are hashed
+while they are written to a temporary file, and only the whole and right file gets its name,
+`blobs/ab/<digest>`.  Every function here blocks; the services call them in threads.
 """
 
 from __future__ import annotations
@@ -14,14 +15,15 @@ import shutil
 import tempfile
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, Protocol
 
 from coordinator.core.model import Refusal
 
 DIGEST = re.compile(r"^[0-9a-f]{64}$")
-_READ_BYTES = 1024 * 1024
+READ_BYTES = 1024 * 1024
 
 
 class BlobRefusedError(Exception):
@@ -32,51 +34,118 @@ class BlobRefusedError(Exception):
         self.refusal = refusal
 
 
-class BlobStore:
-    """A directory of blobs.  Safe for many threads; one process at a time."""
+class BlobsUnavailableError(Exception):
+    """The store does not answer now; asking again later may help."""
+
+
+class BlobUpload(Protocol):
+    """A blob on its way in.  End it with `finish` or `discard`; discarding after that does no harm."""
+
+    def write(self, data: bytes) -> None:
+        """Add bytes; raise BlobRefusedError if they are too many or there is no room."""
+
+    def finish(self) -> None:
+        """Make the blob exist; raise BlobRefusedError if its bytes are not those it was sent under."""
+
+    def discard(self) -> None:
+        """Leave nothing of it, unless it was finished."""
+
+
+class BlobReader(Protocol):
+    """An open blob, read in chunks; close it, if need be while another thread still reads."""
+
+    def chunk(self) -> bytes:
+        """The next bytes, at most 1 MiB; empty at the end."""
+
+    def close(self) -> None: ...
+
+
+class BlobStore(Protocol):
+    """What the coordinator asks of whatever keeps its blobs.  Safe for many threads."""
+
+    presigned: PresignedTransfers | None
+    """How peers reach the bytes without us, where the store can do that."""
+
+    def size(self, digest: str) -> int | None:
+        """Bytes of a blob, or None if it is not stored: is a reported shard there, and as long as said?"""
+
+    def missing(self, digests: Iterable[str]) -> list[str]:
+        """Those that are not stored: what is worth sending?  The others count as wanted just now, so that no
+        sweep takes them between this answer and the message that refers to them."""
+
+    def upload(self, digest: str, size: int) -> BlobUpload | None:
+        """Begin to store a blob whose bytes come through us; None if it is stored already.
+
+        Raise BlobRefusedError."""
+
+    def read(self, digest: str, offset: int) -> BlobReader:
+        """Open a blob at an offset, where a broken download resumes; raise BlobRefusedError if there is no
+        such blob or offset."""
+
+    def verify(self, digest: str, size: int) -> str:
+        """Hash a stored blob again: "" if it is what its name says, else what is wrong with it.  Disks rot,
+        and a checkpoint is worth what its worst shard is."""
+
+    def stored(self) -> Iterator[tuple[str, float]]:
+        """(digest, seconds since it was stored or last wanted) of every blob: what may the sweeper take?"""
+
+    def remove(self, digest: str) -> None:
+        """Forget a blob; one that is not stored is no error."""
+
+    def discard_unfinished(self, older_than_s: float) -> int:
+        """Remove what uploads left that never became blobs; returns how many."""
+
+    def close(self) -> None:
+        """Give up what is under way, so that a stopping coordinator waits for no transfer."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PresignedPut:
+    """Where one peer may send one blob, with exactly these headers."""
+
+    url: str
+    headers: dict[str, str]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PresignedGet:
+    """Where a blob may be fetched."""
+
+    url: str
+    size: int
+
+
+class PresignedTransfers(Protocol):
+    """A store that peers reach by themselves.  What they send is nothing until `take_in` has hashed it."""
+
+    def put(self, peer: str, digest: str, size: int) -> PresignedPut | None:
+        """Let a peer send a blob; None if its bytes are there already.  Raise BlobRefusedError."""
+
+    def get(self, digest: str) -> PresignedGet:
+        """Let anyone who has the URL fetch a blob; raise BlobRefusedError if it is not stored."""
+
+    def take_in(self, peer: str, digest: str, size: int) -> None:
+        """Hash what a peer has sent and make it a blob; harmless if it is one already.
+
+        Raise BlobRefusedError if nothing came, or if other bytes came; those are deleted."""
+
+
+class Incoming:
+    """A directory for blobs that come through us; what an earlier process left in it is removed."""
 
     def __init__(self, root: Path, *, max_bytes: int, reserve_bytes: int) -> None:
         self._root = root
-        self._temporary = root / "incoming"
         self._max_bytes = max_bytes
         self._reserve_bytes = reserve_bytes
         self._lock = threading.Lock()
         self._promised = 0  # bytes of uploads under way that are not written yet
-        self._temporary.mkdir(parents=True, exist_ok=True)
-        for leftover in self._temporary.iterdir():
+        root.mkdir(parents=True, exist_ok=True)
+        for leftover in root.iterdir():
             leftover.unlink()
 
-    def path(self, digest: str) -> Path:
-        assert DIGEST.fullmatch(digest), digest
-        return self._root / digest[:2] / digest
-
-    def size(self, digest: str) -> int | None:
-        """Bytes of a blob, or None if it is not stored."""
-        try:
-            return self.path(digest).stat().st_size
-        except FileNotFoundError:
-            return None
-
-    def missing(self, digests: Iterable[str]) -> list[str]:
-        """Those that are not stored.  The others count as wanted just now, so that no sweep takes them
-        between this answer and the message that refers to them."""
-        return [digest for digest in digests if not self._touch(digest)]
-
-    def _touch(self, digest: str) -> bool:
-        try:
-            os.utime(self.path(digest))
-        except FileNotFoundError:
-            return False
-        return True
-
-    def upload(self, digest: str, size: int) -> Upload | None:
-        """Begin to store a blob; None if it is stored already.  Raise BlobRefusedError."""
-        if self.size(digest) == size and self._touch(digest):
-            return None
-        if size > self._max_bytes:
-            raise BlobRefusedError(
-                Refusal.TOO_LARGE, f"bytes: {size}; this coordinator takes blobs of at most {self._max_bytes}"
-            )
+    def begin(self, digest: str, size: int, keep: Callable[[BinaryIO, Path], None]) -> FileUpload:
+        """An upload whose whole and right file is given to `keep`.  Raise BlobRefusedError."""
+        check_size(size, self._max_bytes)
         with self._lock:
             free = shutil.disk_usage(self._root).free
             if free - self._promised - size < self._reserve_bytes:
@@ -87,7 +156,7 @@ class BlobStore:
                 )
             self._promised += size
         try:
-            return Upload(self, self._temporary, self.path(digest), digest, size)
+            return FileUpload(self._root, digest, size, keep=keep, ended=lambda: self._settle(size))
         except BaseException:
             self._settle(size)
             raise
@@ -96,23 +165,78 @@ class BlobStore:
         with self._lock:
             self._promised -= size
 
-    def read(self, digest: str, offset: int) -> BlobReader:
-        """Open a blob at an offset; raise BlobRefusedError if there is no such blob or offset."""
+
+def check_size(size: int, most: int) -> None:
+    """Raise BlobRefusedError if a blob is too large to be taken."""
+    if size > most:
+        raise BlobRefusedError(
+            Refusal.TOO_LARGE, f"bytes: {size}; this coordinator takes blobs of at most {most}"
+        )
+
+
+class DirectoryStore:
+    """A directory of blobs.  Safe for many threads; one process at a time."""
+
+    presigned: PresignedTransfers | None = None
+
+    def __init__(
+        self,
+        root: Path,
+        *,
+        max_bytes: int,
+        reserve_bytes: int,
+        now: Callable[[], float] = time.time,
+    ) -> None:
+        self._root = root
+        self._now = now
+        self._incoming = Incoming(root / "incoming", max_bytes=max_bytes, reserve_bytes=reserve_bytes)
+
+    def path(self, digest: str) -> Path:
+        assert DIGEST.fullmatch(digest), digest
+        return self._root / digest[:2] / digest
+
+    def size(self, digest: str) -> int | None:
+        try:
+            return self.path(digest).stat().st_size
+        except FileNotFoundError:
+            return None
+
+    def missing(self, digests: Iterable[str]) -> list[str]:
+        return [digest for digest in digests if not self._touch(digest)]
+
+    def _touch(self, digest: str) -> bool:
+        try:
+            os.utime(self.path(digest), times=(self._now(), self._now()))
+        except FileNotFoundError:
+            return False
+        return True
+
+    def upload(self, digest: str, size: int) -> FileUpload | None:
+        if self.size(digest) == size and self._touch(digest):
+            return None
+        target = self.path(digest)
+
+        def keep(file: BinaryIO, temporary: Path) -> None:
+            os.fsync(file.fileno())
+            target.parent.mkdir(exist_ok=True)
+            os.replace(temporary, target)
+            _sync_directory(target.parent)
+
+        return self._incoming.begin(digest, size, keep)
+
+    def read(self, digest: str, offset: int) -> FileReader:
         try:
             file = self.path(digest).open("rb")
         except FileNotFoundError:
-            raise BlobRefusedError(Refusal.UNKNOWN_BLOB, f"digest: no blob {digest} is stored") from None
+            raise unknown(digest) from None
         size = os.fstat(file.fileno()).st_size
         if offset > size:
             file.close()
-            raise BlobRefusedError(
-                Refusal.INVALID, f"offset: {offset}, but blob {digest} has only {size} bytes"
-            )
+            raise beyond_end(digest, offset, size)
         file.seek(offset)
-        return BlobReader(file)
+        return FileReader(file)
 
     def verify(self, digest: str, size: int) -> str:
-        """Hash a stored blob again: "" if it is what its name says, else what is wrong with it."""
         try:
             with self.path(digest).open("rb") as file:
                 found = hashlib.file_digest(file, "sha256").hexdigest()
@@ -121,13 +245,10 @@ class BlobStore:
             return "missing"
         except OSError as error:
             return f"unreadable ({error.strerror})"
-        if length != size:
-            return f"{length} bytes instead of {size}"
-        return "" if found == digest else f"damaged: its bytes hash to {found}"
+        return problem(digest, size, found, length)
 
     def stored(self) -> Iterator[tuple[str, float]]:
-        """(digest, age in seconds) of every blob."""
-        now = time.time()
+        now = self._now()
         for folder in sorted(self._root.iterdir()):
             if len(folder.name) != 2:
                 continue
@@ -140,45 +261,73 @@ class BlobStore:
     def remove(self, digest: str) -> None:
         self.path(digest).unlink(missing_ok=True)
 
+    def discard_unfinished(self, older_than_s: float) -> int:
+        return 0  # an upload ends with its call, and what a killed process left goes at the next start
 
-class BlobReader:
-    """An open blob, read in chunks; close it, if need be while another thread still reads."""
+    def close(self) -> None:
+        pass
+
+
+def unknown(digest: str) -> BlobRefusedError:
+    return BlobRefusedError(Refusal.UNKNOWN_BLOB, f"digest: no blob {digest} is stored")
+
+
+def beyond_end(digest: str, offset: int, size: int) -> BlobRefusedError:
+    return BlobRefusedError(Refusal.INVALID, f"offset: {offset}, but blob {digest} has only {size} bytes")
+
+
+def problem(digest: str, size: int, found: str, length: int) -> str:
+    """What is wrong with a blob whose bytes have the hash `found` and this length; "" if nothing is."""
+    if length != size:
+        return f"{length} bytes instead of {size}"
+    return "" if found == digest else f"damaged: its bytes hash to {found}"
+
+
+class FileReader:
+    """A BlobReader of a file."""
 
     def __init__(self, file: BinaryIO) -> None:
         self._file = file
         self._lock = threading.Lock()
 
     def chunk(self) -> bytes:
-        """The next bytes, at most 1 MiB; empty at the end."""
         with self._lock:
-            return b"" if self._file.closed else self._file.read(_READ_BYTES)
+            return b"" if self._file.closed else self._file.read(READ_BYTES)
 
     def close(self) -> None:
         with self._lock:
             self._file.close()
 
 
-class Upload:
-    """A blob on its way in.  End it with `finish` or `discard`; discarding after that does no harm.
+class FileUpload:
+    """A BlobUpload into a temporary file.
 
     A call that was cancelled may leave a thread in `write` or `finish`: the lock lets that end first, so
     that no file is closed under it."""
 
-    def __init__(self, store: BlobStore, temporary: Path, target: Path, digest: str, size: int) -> None:
-        self._store = store
-        self._target = target
+    def __init__(
+        self,
+        folder: Path,
+        digest: str,
+        size: int,
+        *,
+        keep: Callable[[BinaryIO, Path], None],
+        ended: Callable[[], None],
+    ) -> None:
+        """`keep` gets the whole and right file and may move it; `ended` is called once, at the end."""
         self._digest = digest
         self._size = size
+        self._keep = keep
+        self._ended = ended
         self._written = 0
         self._hash = hashlib.sha256()
         self._open = True
         self._lock = threading.Lock()
-        descriptor, name = tempfile.mkstemp(dir=temporary)
+        descriptor, name = tempfile.mkstemp(dir=folder)
         self._path = Path(name)
         self._file = os.fdopen(descriptor, "wb", buffering=0)
 
     def write(self, data: bytes) -> None:
-        """Add bytes; raise BlobRefusedError if they are too many or the disk is full."""
         with self._lock:
             if not self._open:
                 return
@@ -196,7 +345,6 @@ class Upload:
             self._written += len(data)
 
     def finish(self) -> None:
-        """Make the blob exist; raise BlobRefusedError if its bytes are not those it was sent under."""
         with self._lock:
             if not self._open:
                 return
@@ -212,26 +360,21 @@ class Upload:
                     f"digest: sent as {self._digest} but the bytes hash to {found}; send it again",
                 )
             try:
-                os.fsync(self._file.fileno())
-                self._file.close()
-                self._target.parent.mkdir(exist_ok=True)
-                os.replace(self._path, self._target)
-                _sync_directory(self._target.parent)
+                self._keep(self._file, self._path)
             except OSError as error:
                 raise _disk(error) from error
             self._end()
 
     def discard(self) -> None:
-        """Leave nothing of it, unless it was finished."""
         with self._lock:
             if self._open:
-                self._file.close()
-                self._path.unlink(missing_ok=True)
                 self._end()
 
     def _end(self) -> None:
         self._open = False
-        self._store._settle(self._size)
+        self._file.close()
+        self._path.unlink(missing_ok=True)
+        self._ended()
 
 
 def _sync_directory(path: Path) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated
+from urllib.parse import urlsplit
 
 import yaml
 from pydantic import BeforeValidator, Field, model_validator
@@ -50,7 +52,52 @@ class Certificates(Section):
     """How long an agent's certificate is valid; agents renew in time."""
 
 
+_STORE = re.compile(
+    r"^s3://(?P<bucket>[a-z0-9][a-z0-9.-]{1,61}[a-z0-9])(?:/(?P<prefix>[A-Za-z0-9!_.*'()/-]*))?$"
+)
+
+
+def _store(value: object) -> str:
+    text = str(value)
+    if text != "directory" and _STORE.fullmatch(text) is None:
+        raise ValueError(f"found {text!r}; expected directory or s3://BUCKET/PREFIX")
+    return text
+
+
+def _endpoint(value: object) -> str:
+    text = str(value)
+    parts = urlsplit(text)
+    if parts.scheme not in {"http", "https"} or not parts.hostname or parts.username or parts.query:
+        raise ValueError(f"found {text!r}; expected http(s)://HOST or http(s)://HOST:PORT, and no key in it")
+    return text.rstrip("/")
+
+
+Endpoint = Annotated[str, BeforeValidator(_endpoint)]
+
+
+class S3(Section):
+    """How the bucket of `blobs.store: s3://…` is reached."""
+
+    endpoint: Endpoint | None = None
+    """The store's address; without one, AWS in `region`."""
+    agents_endpoint: Endpoint | None = None
+    """The same store's address as agents reach it, if that is another one."""
+    region: str = Field(default="us-east-1", pattern=r"^[a-z0-9-]{1,64}$")
+    credentials: str | None = None
+    """File of mode 0600 with the key as JSON, relative to the home; without one, AWS_ACCESS_KEY_ID and so on in
+    the environment.  A key is never written into this configuration."""
+    url_expiry: DurationMs = Field(default=900_000, ge=1_000, le=604_800_000)
+    """How long a presigned URL is good: a transfer must begin within this time."""
+    staged_per_peer: SizeBytes = Field(default=16 * 2**30, ge=1)
+    """What one agent may have sent without having reported it."""
+    sha256_header: bool = True
+    """Let the store check an upload's SHA-256 too; for a store that refuses x-amz-checksum-sha256, false."""
+
+
 class Blobs(Section):
+    store: Annotated[str, BeforeValidator(_store)] = "directory"
+    """`directory`, in the home, or `s3://BUCKET/PREFIX`, which agents then reach by presigned URLs."""
+    s3: S3 = S3()
     max_bytes: SizeBytes = Field(default=8 * 2**30, ge=1)
     """Largest blob accepted."""
     reserve: SizeBytes = 2**30
@@ -63,6 +110,11 @@ class Blobs(Section):
     """Uploads, and apart from them downloads, that one peer may have under way at once."""
     chunk_timeout: DurationMs = Field(default=60_000, ge=1)
     """An upload that sends nothing for so long is dropped."""
+
+    def bucket(self) -> tuple[str, str] | None:
+        """(bucket, prefix) of an object store; None for the directory."""
+        found = _STORE.fullmatch(self.store)
+        return None if found is None else (found["bucket"], (found["prefix"] or "").strip("/"))
 
 
 class Journal(Section):

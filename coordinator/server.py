@@ -22,15 +22,16 @@ from coordinator.access import EnrollAccess, MainAccess
 from coordinator.admin_service import AdminService
 from coordinator.agent_service import AgentService, EnrollService
 from coordinator.blob_service import BlobService
-from coordinator.blobs import BlobStore
+from coordinator.blobs import BlobStore, DirectoryStore
 from coordinator.clock import Clock
-from coordinator.config import CoordinatorConfig
+from coordinator.config import Blobs, CoordinatorConfig
 from coordinator.core.model import CoordinatorStarted, Push, State
 from coordinator.identity import Authority, RevokedOperators
 from coordinator.journal import Journal
 from coordinator.logs import LogBook, LogFile
 from coordinator.loop import Loop, Observer, restore
 from coordinator.metrics import Metrics
+from coordinator.presign import CredentialsError
 from coordinator.rates import Buckets
 from coordinator.sessions import Sessions
 from coordinator.sweep import Sweeper
@@ -90,7 +91,7 @@ class Coordinator:
         blobs = config.blobs
         self.journal = Journal(home / "journal.db")
         try:
-            self._store = BlobStore(home / "blobs", max_bytes=blobs.max_bytes, reserve_bytes=blobs.reserve)
+            self._store = _blob_store(home, blobs)
             self.logs = LogBook(LogFile(home / "logs.db", config.logs.lines_per_job))
             self._state = restore(self.journal, config.budget())
         except BaseException:
@@ -101,6 +102,7 @@ class Coordinator:
         self.metrics = Metrics(lambda: self._state, lambda: len(self.sessions), lambda: self.logs.dropped)
         self._sweeper = Sweeper(self._store, blobs)
         self.loop = self._make_loop(self._state)
+        self._blob_service: BlobService | None = None
         self._main: grpc.aio.Server | None = None
         self._enroll: grpc.aio.Server | None = None
         self._health = health.aio.HealthServicer()
@@ -165,7 +167,7 @@ class Coordinator:
             refused=self._count_refusal,
         )
         server = grpc.aio.server(interceptors=[access], options=_OPTIONS)
-        blob_service = BlobService(
+        self._blob_service = blob_service = BlobService(
             self._store,
             transfers_per_peer=config.blobs.transfers_per_peer,
             chunk_timeout_s=config.blobs.chunk_timeout / 1000,
@@ -233,10 +235,29 @@ class Coordinator:
             if server is not None:
                 await server.stop(STOP_GRACE_S)
         await self._sweeper.stop()
+        if self._blob_service is not None:
+            await self._blob_service.stop()
         await self.logs.stop()
         await asyncio.to_thread(self.metrics.stop)
         self.journal.close()
         self._lock.close()
+
+
+def _blob_store(home: Path, settings: Blobs) -> BlobStore:
+    """The store that the configuration names; raise StartError if it cannot be used."""
+    found = settings.bucket()
+    if found is None:
+        return DirectoryStore(home / "blobs", max_bytes=settings.max_bytes, reserve_bytes=settings.reserve)
+    try:
+        from coordinator import blobs_s3
+    except ImportError:
+        raise StartError(
+            f"blobs.store: {settings.store} needs obstore; run pip install 'muster-train[s3]'"
+        ) from None
+    try:
+        return blobs_s3.open_store(settings, *found, home=home, environment=os.environ)
+    except (blobs_s3.BucketError, CredentialsError) as error:
+        raise StartError(str(error)) from None
 
 
 def _lock(path: Path) -> TextIO:

@@ -13,7 +13,7 @@ import json
 import structlog
 
 from coordinator import translate
-from coordinator.blobs import BlobStore
+from coordinator.blobs import BlobStore, BlobsUnavailableError
 from coordinator.config import Blobs
 from coordinator.core import codec
 from coordinator.core.model import ENDED, Event, Record, Reply, ShardRecorded, State
@@ -84,7 +84,7 @@ class Sweeper:
             await asyncio.sleep(pause_s)
             try:
                 removed = await self.sweep(loop)
-            except OSError as error:
+            except (OSError, BlobsUnavailableError) as error:
                 log.warning("sweep failed", error=str(error))
             else:
                 if removed:
@@ -98,7 +98,7 @@ class Sweeper:
         return await asyncio.to_thread(self._remove, keep)
 
     def _remove(self, keep: set[str]) -> int:
-        removed = 0
+        removed = self._blobs.discard_unfinished(self._settings.orphan_grace / 1000)
         for digest, age_s in self._blobs.stored():
             grace = self._settings.retired_grace if digest in self._shards else self._settings.orphan_grace
             if digest not in keep and age_s * 1000 > grace:

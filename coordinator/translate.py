@@ -163,6 +163,11 @@ def blob_header(request: agent_pb2.PutBlobRequest) -> tuple[str, int]:
     return digest(request.header.digest, "header.digest"), _whole(request.header.bytes, "header.bytes")
 
 
+def presign_put(request: agent_pb2.PresignPutRequest) -> tuple[str, int]:
+    """The digest and size of a blob that the caller wants to send to the object store."""
+    return digest(request.digest), _whole(request.bytes, "bytes")
+
+
 def blob_data(request: agent_pb2.PutBlobRequest) -> bytes:
     """The bytes of an upload's later message."""
     if request.WhichOneof("body") != "data":

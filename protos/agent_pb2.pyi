@@ -576,6 +576,45 @@ class FindBlobsReply(_message.Message):
     missing: _containers.RepeatedScalarFieldContainer[str]
     def __init__(self, missing: _Optional[_Iterable[str]] = ...) -> None: ...
 
+class PresignPutRequest(_message.Message):
+    __slots__ = ("digest", "bytes")
+    DIGEST_FIELD_NUMBER: _ClassVar[int]
+    BYTES_FIELD_NUMBER: _ClassVar[int]
+    digest: str
+    bytes: int
+    def __init__(self, digest: _Optional[str] = ..., bytes: _Optional[int] = ...) -> None: ...
+
+class PresignPutReply(_message.Message):
+    __slots__ = ("url", "headers", "received")
+    class HeadersEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: str
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[str] = ...) -> None: ...
+    URL_FIELD_NUMBER: _ClassVar[int]
+    HEADERS_FIELD_NUMBER: _ClassVar[int]
+    RECEIVED_FIELD_NUMBER: _ClassVar[int]
+    url: str
+    headers: _containers.ScalarMap[str, str]
+    received: bool
+    def __init__(self, url: _Optional[str] = ..., headers: _Optional[_Mapping[str, str]] = ..., received: _Optional[bool] = ...) -> None: ...
+
+class PresignGetRequest(_message.Message):
+    __slots__ = ("digest",)
+    DIGEST_FIELD_NUMBER: _ClassVar[int]
+    digest: str
+    def __init__(self, digest: _Optional[str] = ...) -> None: ...
+
+class PresignGetReply(_message.Message):
+    __slots__ = ("url", "bytes")
+    URL_FIELD_NUMBER: _ClassVar[int]
+    BYTES_FIELD_NUMBER: _ClassVar[int]
+    url: str
+    bytes: int
+    def __init__(self, url: _Optional[str] = ..., bytes: _Optional[int] = ...) -> None: ...
+
 class ReportShardRequest(_message.Message):
     __slots__ = ("job_id", "generation", "step", "index", "count", "digest", "bytes", "state_digest", "header_json")
     JOB_ID_FIELD_NUMBER: _ClassVar[int]

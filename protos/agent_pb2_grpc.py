@@ -64,6 +64,16 @@ class AgentServiceStub:
                 request_serializer=protos_dot_agent__pb2.PutBlobRequest.SerializeToString,
                 response_deserializer=protos_dot_agent__pb2.PutBlobReply.FromString,
                 _registered_method=True)
+        self.PresignPut = channel.unary_unary(
+                '/muster.v1.AgentService/PresignPut',
+                request_serializer=protos_dot_agent__pb2.PresignPutRequest.SerializeToString,
+                response_deserializer=protos_dot_agent__pb2.PresignPutReply.FromString,
+                _registered_method=True)
+        self.PresignGet = channel.unary_unary(
+                '/muster.v1.AgentService/PresignGet',
+                request_serializer=protos_dot_agent__pb2.PresignGetRequest.SerializeToString,
+                response_deserializer=protos_dot_agent__pb2.PresignGetReply.FromString,
+                _registered_method=True)
         self.ReportShard = channel.unary_unary(
                 '/muster.v1.AgentService/ReportShard',
                 request_serializer=protos_dot_agent__pb2.ReportShardRequest.SerializeToString,
@@ -116,8 +126,22 @@ class AgentServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def PresignPut(self, request, context):
+        """Where to send a blob without passing through the coordinator.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def PresignGet(self, request, context):
+        """Where to fetch a blob without passing through the coordinator.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def ReportShard(self, request, context):
-        """Say that a stored blob is shard `index` of a checkpoint.
+        """Say that a stored blob is shard `index` of a checkpoint.  What came by a presigned PUT is hashed first.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -155,6 +179,16 @@ def add_AgentServiceServicer_to_server(servicer, server):
                     servicer.PutBlob,
                     request_deserializer=protos_dot_agent__pb2.PutBlobRequest.FromString,
                     response_serializer=protos_dot_agent__pb2.PutBlobReply.SerializeToString,
+            ),
+            'PresignPut': grpc.unary_unary_rpc_method_handler(
+                    servicer.PresignPut,
+                    request_deserializer=protos_dot_agent__pb2.PresignPutRequest.FromString,
+                    response_serializer=protos_dot_agent__pb2.PresignPutReply.SerializeToString,
+            ),
+            'PresignGet': grpc.unary_unary_rpc_method_handler(
+                    servicer.PresignGet,
+                    request_deserializer=protos_dot_agent__pb2.PresignGetRequest.FromString,
+                    response_serializer=protos_dot_agent__pb2.PresignGetReply.SerializeToString,
             ),
             'ReportShard': grpc.unary_unary_rpc_method_handler(
                     servicer.ReportShard,
@@ -324,6 +358,60 @@ class AgentService:
             '/muster.v1.AgentService/PutBlob',
             protos_dot_agent__pb2.PutBlobRequest.SerializeToString,
             protos_dot_agent__pb2.PutBlobReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def PresignPut(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/muster.v1.AgentService/PresignPut',
+            protos_dot_agent__pb2.PresignPutRequest.SerializeToString,
+            protos_dot_agent__pb2.PresignPutReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def PresignGet(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/muster.v1.AgentService/PresignGet',
+            protos_dot_agent__pb2.PresignGetRequest.SerializeToString,
+            protos_dot_agent__pb2.PresignGetReply.FromString,
             options,
             channel_credentials,
             insecure,

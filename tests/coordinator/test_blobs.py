@@ -9,19 +9,19 @@ from pathlib import Path
 
 import pytest
 
-from coordinator.blobs import BlobRefusedError, BlobStore
+from coordinator.blobs import BlobRefusedError, DirectoryStore
 from coordinator.core.model import Refusal
 
 
-def store(root: Path, **changes: int) -> BlobStore:
-    return BlobStore(root, **{"max_bytes": 1 << 20, "reserve_bytes": 0, **changes})
+def store(root: Path, **changes: int) -> DirectoryStore:
+    return DirectoryStore(root, **{"max_bytes": 1 << 20, "reserve_bytes": 0, **changes})
 
 
 def digest_of(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def put(blobs: BlobStore, data: bytes, digest: str | None = None, size: int | None = None) -> bool:
+def put(blobs: DirectoryStore, data: bytes, digest: str | None = None, size: int | None = None) -> bool:
     """Whether it was new."""
     upload = blobs.upload(digest or digest_of(data), len(data) if size is None else size)
     if upload is None:
