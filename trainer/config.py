@@ -10,14 +10,19 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+import math
 import re
 from collections.abc import Mapping
+from fractions import Fraction
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import ErrorDetails
+
+MOST_PERIOD = 65_536
+"""Bound on the sum of a mixture's weights (`trainer/mixture.py`)."""
 
 COORDINATOR_SECTIONS = ("elastic", "requires", "priority", "launch")
 
@@ -81,16 +86,12 @@ class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, protected_namespaces=())
 
 
-class DataSettings(_Section):
-    """Either `path`, a directory that `trainer.prepare` made, or `text` to prepare with `tokenizer`.
-
-    Relative paths are relative to the working directory of whoever prepares the data.
-    """
+class MixedDataset(_Section):
+    """One dataset of a mixture, `path` or `text`, and how much of training it gets beside the others."""
 
     path: str | None = None
     text: Annotated[list[str] | None, BeforeValidator(_list_of_text)] = None
-    tokenizer: str = Field(default="byte", pattern=r"^(byte|bpe:[0-9]{1,7}|.+\.json)$")
-    val_fraction: Number = Field(default=0.05, ge=0.0, le=0.5)
+    weight: Number = Field(default=1.0, gt=0.0, le=1e6)
 
     @model_validator(mode="after")
     def _one_source(self) -> Self:
@@ -98,9 +99,65 @@ class DataSettings(_Section):
             raise ValueError(
                 "exactly one of `path` (a prepared directory) and `text` (files, directories or @python); give one"
             )
-        if self.path is not None and self.tokenizer != "byte":
-            raise ValueError("no `tokenizer` beside `path`: a prepared directory brings its own; remove it")
         return self
+
+
+class DataSettings(_Section):
+    """One of `path`, a directory that `trainer.prepare` made; `text` to prepare with `tokenizer`; and `mix`,
+    several of these with weights, whose texts are all prepared with `tokenizer` and `val_fraction`.
+
+    Relative paths are relative to the working directory of whoever prepares the data.
+    """
+
+    path: str | None = None
+    text: Annotated[list[str] | None, BeforeValidator(_list_of_text)] = None
+    mix: list[MixedDataset] | None = Field(default=None, min_length=1, max_length=32)
+    tokenizer: str = Field(default="byte", pattern=r"^(byte|bpe:[0-9]{1,7}|.+\.json)$")
+    val_fraction: Number = Field(default=0.05, ge=0.0, le=0.5)
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Self:
+        if (self.path is not None) + bool(self.text) + (self.mix is not None) != 1:
+            raise ValueError(
+                "exactly one of `path` (a prepared directory), `text` (files, directories or @python) and `mix` "
+                "(a list of these with a `weight`); give one"
+            )
+        if self.mix is not None and self.tokenizer.startswith("bpe:") and any(p.text for p in self.mix):
+            raise ValueError(
+                "no bpe:N in a mixture, since each text would learn another vocabulary: byte, or one "
+                "tokenizer .json for all; change tokenizer"
+            )
+        if not self.texts() and self.tokenizer != "byte":
+            raise ValueError("no `tokenizer` beside `path`: a prepared directory brings its own; remove it")
+        self.weights()
+        return self
+
+    def texts(self) -> list[str]:
+        """Everything that is to be prepared."""
+        return [*(self.text or ()), *(text for part in self.mix or () for text in part.text or ())]
+
+    def parts(self) -> list[DataSettings]:
+        """The datasets of a mixture, each as if it were alone."""
+        return [
+            DataSettings(path=part.path)
+            if part.path is not None
+            else DataSettings(text=part.text, tokenizer=self.tokenizer, val_fraction=self.val_fraction)
+            for part in self.mix or ()
+        ]
+
+    def weights(self) -> list[int]:
+        """The weights of a mixture as whole numbers in the same proportion: 0.7 and 0.3 are 7 and 3."""
+        fractions = [Fraction(str(part.weight)) for part in self.mix or ()]
+        scale = math.lcm(*(fraction.denominator for fraction in fractions))
+        whole = [int(fraction * scale) for fraction in fractions]
+        divisor = math.gcd(*whole) or 1
+        whole = [weight // divisor for weight in whole]
+        if sum(whole) > MOST_PERIOD:
+            raise ValueError(
+                f"weights in a proportion of small whole numbers, whose sum is at most {MOST_PERIOD} (it is "
+                f"{sum(whole)}); round them"
+            )
+        return whole
 
 
 class ModelSettings(_Section):
@@ -288,9 +345,14 @@ def _section_of(location: tuple[int | str, ...]) -> tuple[type[BaseModel], str |
     """The section that holds the field at `location`, and the field's name there."""
     section: type[BaseModel] = TrainingConfig
     for name in location:
+        if isinstance(name, int):
+            continue  # the place in a list whose section was entered already
         field = section.model_fields.get(str(name))
         if field is None:
             return section, None
+        if field.annotation == list[MixedDataset] | None and name != location[-1]:
+            section = MixedDataset
+            continue
         if not (isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)):
             return section, str(name)
         section = field.annotation
@@ -334,7 +396,7 @@ def _allowed(path: str) -> str:
         case "name":
             return "1 to 64 of a-z, A-Z, 0-9, '.', '_' and '-', beginning with a letter or digit"
         case "data":
-            return 'a mapping with `path`, or with `text` (for example text: "@python") and `tokenizer`'
+            return 'a mapping with `path`, or with `text` (for example text: "@python") and `tokenizer`, or with `mix`'
         case "data.tokenizer":
             return "byte, bpe:N (N from 257 on) or the path of a tokenizer .json file"
         case _:

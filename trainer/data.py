@@ -1,7 +1,9 @@
 """A prepared dataset, and which of its tokens a slice of a step consumes.
 
 Format `muster-dataset-1` (docs/architecture.md, "Data").  Which windows a slice holds is a pure function
-of (seed, step, slice): it depends neither on who asks nor on how many train together.
+of (seed, step, slice): it depends neither on who asks nor on how many train together.  A dataset may be a
+mixture of several: then each window's dataset follows from the weights, and each dataset has a
+permutation of its own.
 """
 
 from __future__ import annotations
@@ -13,8 +15,8 @@ import json
 import os
 import re
 import tempfile
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from trainer.config import TrainSettings
+from trainer.mixture import Mixture, mixture
 from trainer.permutation import permutation
 
 FORMAT = "muster-dataset-1"
@@ -44,6 +47,16 @@ class TokenShard:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class MixPart:
+    """One dataset of a mixture: its shards follow those of the parts before it."""
+
+    name: str
+    weight: int
+    train: int  # how many shards of the train split are its own
+    val: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class DatasetManifest:
     """What `manifest.json` of a dataset says."""
 
@@ -54,10 +67,12 @@ class DatasetManifest:
     tokenizer_digest: str | None  # blob with tokenizer.json
     train: tuple[TokenShard, ...]
     val: tuple[TokenShard, ...]
+    mix: tuple[MixPart, ...] = ()
+    """Empty for one dataset; else the splits hold the shards of all parts, one part after another."""
 
     def to_json(self) -> str:
         """Canonical: sorted keys, no spaces.  The dataset's id is the SHA-256 of its UTF-8 bytes."""
-        value = {
+        value: dict[str, Any] = {
             "format": FORMAT,
             "name": self.name,
             "dtype": self.dtype,
@@ -71,7 +86,13 @@ class DatasetManifest:
                 "val": [{"digest": s.digest, "tokens": s.tokens} for s in self.val],
             },
         }
+        if self.mix:
+            value["mix"] = [asdict(part) for part in self.mix]
         return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+
+    def parts(self) -> tuple[MixPart, ...]:
+        """Of a mixture; one dataset is its own only part."""
+        return self.mix or (MixPart(name=self.name, weight=1, train=len(self.train), val=len(self.val)),)
 
     def blobs(self) -> tuple[str, ...]:
         """Every digest that must lie under `blobs/`."""
@@ -101,7 +122,17 @@ def _manifest_from(value: Any) -> DatasetManifest:
         tokenizer_digest=tokenizer["digest"],
         train=tuple(TokenShard(digest=s["digest"], tokens=int(s["tokens"])) for s in splits["train"]),
         val=tuple(TokenShard(digest=s["digest"], tokens=int(s["tokens"])) for s in splits["val"]),
+        mix=tuple(
+            MixPart(name=str(p["name"]), weight=int(p["weight"]), train=int(p["train"]), val=int(p["val"]))
+            for p in value.get("mix", ())
+        ),
     )
+    if manifest.mix:
+        Mixture(tuple(part.weight for part in manifest.mix))
+        for split, shards in (("train", manifest.train), ("val", manifest.val)):
+            counts = [getattr(part, split) for part in manifest.mix]
+            if min(counts) < 0 or sum(counts) != len(shards):
+                raise ValueError(f"mix: the parts have {counts} of {len(shards)} shards of the {split} split")
     if manifest.dtype not in _DTYPES:
         raise ValueError(f"dtype is {manifest.dtype!r}, expected one of {', '.join(_DTYPES)}")
     for digest in manifest.blobs():
@@ -130,6 +161,41 @@ def slice_windows(
     return [
         permutation(seed, w // windows, windows)(w % windows) for w in range(first, first + slice_sequences)
     ]
+
+
+def mixed_windows(
+    seed: int,
+    step: int,
+    j: int,
+    *,
+    slices_per_step: int,
+    slice_sequences: int,
+    windows: Sequence[int],
+    weights: tuple[int, ...],
+) -> list[tuple[int, int]]:
+    """`slice_windows` for several datasets with so many `windows` and these `weights`: (dataset, window).
+
+    Each dataset is gone through in epochs of its own, in an order that depends on the seed, its number and
+    its epoch only.
+    """
+    if step < 1 or not 0 <= j < slices_per_step:
+        raise ValueError(
+            f"step {step}, slice {j}: steps begin at 1 and slices are 0 to {slices_per_step - 1}"
+        )
+    first = ((step - 1) * slices_per_step + j) * slice_sequences
+    chosen = []
+    for n in range(first, first + slice_sequences):
+        part, before = mixture(weights)(n)
+        epoch, index = divmod(before, windows[part])
+        order = permutation(_part_seed(seed, part), epoch, windows[part])
+        chosen.append((part, order(index)))
+    return chosen
+
+
+def _part_seed(seed: int, part: int) -> int:
+    """Datasets of one length must not walk in step."""
+    digest = hashlib.blake2b(f"{seed}/part {part}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little")
 
 
 def slice_digest(tokens: Tokens | NDArray[np.int64]) -> int:
@@ -190,8 +256,10 @@ class TokenDataset:
         self.id = dataset_id(self.manifest)
         self.vocab_size = self.manifest.vocab_size
         self._verify()
-        self._train = _Split([self._map(shard) for shard in self.manifest.train])
-        self._val = _Split([self._map(shard) for shard in self.manifest.val])
+        parts = self.manifest.parts()
+        self._weights = tuple(part.weight for part in parts)
+        self._train = self._splits(self.manifest.train, [part.train for part in parts])
+        self._val = self._splits(self.manifest.val, [part.val for part in parts])
 
     @property
     def tokenizer_path(self) -> Path | None:
@@ -201,24 +269,38 @@ class TokenDataset:
 
     @property
     def train_tokens(self) -> int:
-        return self._train.tokens
+        return sum(split.tokens for split in self._train)
 
     @property
     def val_tokens(self) -> int:
-        return self._val.tokens
+        return sum(split.tokens for split in self._val)
 
-    def windows_of(self, step: int, j: int, train: TrainSettings) -> list[int]:
-        """`slice_windows` for this dataset.  Raise DatasetError if it has not even one window."""
-        windows = self._train.windows(train.seq_len)
-        if windows == 0:
-            raise self._too_small("train", self._train, train.seq_len)
-        return slice_windows(
+    def windows_of(self, step: int, j: int, train: TrainSettings) -> list[tuple[int, int]]:
+        """Part (0 unless this is a mixture) and window of each sequence of slice `j` of `step`.
+
+        Raise DatasetError if a part has not even one window.
+        """
+        windows = [split.windows(train.seq_len) for split in self._train]
+        if 0 in windows:
+            raise self._too_small("train", self._train, windows.index(0), train.seq_len)
+        if not self.manifest.mix:
+            numbers = slice_windows(
+                train.seed,
+                step,
+                j,
+                slices_per_step=train.slices_per_step,
+                slice_sequences=train.slice_sequences,
+                windows=windows[0],
+            )
+            return [(0, number) for number in numbers]
+        return mixed_windows(
             train.seed,
             step,
             j,
             slices_per_step=train.slices_per_step,
             slice_sequences=train.slice_sequences,
             windows=windows,
+            weights=self._weights,
         )
 
     def slice(self, step: int, j: int, train: TrainSettings) -> tuple[Tensor, Tensor]:
@@ -237,22 +319,33 @@ class TokenDataset:
     def eval_slice(self, k: int, train: TrainSettings) -> tuple[Tensor, Tensor]:
         """Inputs and targets of evaluation slice `k` (from 0), the same at every step of a job.
 
-        Raise DatasetError if the dataset has no validation split of at least one window.
+        In a mixture, the parts that have a window in their validation split take turns by weight.  Raise
+        DatasetError if no part has.
         """
-        windows = self._val.windows(train.seq_len)
-        if windows == 0:
-            raise self._too_small("val", self._val, train.seq_len)
+        windows = [split.windows(train.seq_len) for split in self._val]
+        able = [part for part, count in enumerate(windows) if count]
+        if not able:
+            raise self._too_small("val", self._val, 0, train.seq_len)
+        turns = mixture(tuple(self._weights[part] for part in able))
         first = k * train.slice_sequences
-        numbers = [w % windows for w in range(first, first + train.slice_sequences)]
-        return _inputs_and_targets(self._rows(self._val, numbers, train.seq_len))
+        chosen = []
+        for n in range(first, first + train.slice_sequences):
+            turn, before = turns(n)
+            chosen.append((able[turn], before % windows[able[turn]]))
+        return _inputs_and_targets(self._rows(self._val, chosen, train.seq_len))
 
-    def _rows(self, split: _Split, windows: list[int], seq_len: int) -> Tokens:
-        return np.stack([split.read(w * seq_len, (w + 1) * seq_len + 1) for w in windows])
+    def _rows(self, splits: list[_Split], windows: list[tuple[int, int]], seq_len: int) -> Tokens:
+        return np.stack([splits[part].read(w * seq_len, (w + 1) * seq_len + 1) for part, w in windows])
 
-    def _too_small(self, name: str, split: _Split, seq_len: int) -> DatasetError:
+    def _splits(self, shards: tuple[TokenShard, ...], counts: list[int]) -> list[_Split]:
+        rest = iter(shards)
+        return [_Split([self._map(shard) for shard in itertools.islice(rest, count)]) for count in counts]
+
+    def _too_small(self, name: str, splits: list[_Split], part: int, seq_len: int) -> DatasetError:
+        of = f" of {self.manifest.mix[part].name}" if self.manifest.mix else ""
         return DatasetError(
-            f"{self.directory}: the {name} split has {split.tokens} tokens; allowed: at least seq_len + 1 = "
-            f"{seq_len + 1}; add text, shorten train.seq_len"
+            f"{self.directory}: the {name} split{of} has {splits[part].tokens} tokens; allowed: at least "
+            f"seq_len + 1 = {seq_len + 1}; add text, shorten train.seq_len"
             + (", raise val_fraction or set train.eval_every to 0" if name == "val" else "")
         )
 

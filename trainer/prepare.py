@@ -22,6 +22,7 @@ import numpy as np
 
 from trainer.config import DataSettings
 from trainer.data import DatasetError, DatasetManifest, TokenDataset, Tokens, TokenShard
+from trainer.mixing import mix
 from trainer.tokenizer import FileTokenizer, Tokenizer, TokenizerError, load_tokenizer, train_bpe
 
 PYTHON_TEXT = "@python"
@@ -176,6 +177,18 @@ def ensure_dataset(data: DataSettings, cache_dir: Path | str, progress: Progress
     if data.path is not None:
         TokenDataset(data.path)
         return Path(data.path)
+    if data.mix is not None:
+        parts = [ensure_dataset(part, cache_dir, progress) for part in data.parts()]
+        weighted = list(zip(parts, data.weights(), strict=True))
+        ids = " ".join(f"{weight}:{TokenDataset(part).id}" for part, weight in weighted)
+        mixed = Path(cache_dir) / hashlib.sha256(f"mix {ids}".encode()).hexdigest()[:32]
+        if not (mixed / "manifest.json").exists():
+            try:
+                mix(weighted, mixed)
+            except DatasetError:
+                if not (mixed / "manifest.json").exists():  # else another process was first
+                    raise
+        return mixed
     source = FileText(data.text or ())
     tokenizer = data.tokenizer
     if tokenizer.endswith(".json"):

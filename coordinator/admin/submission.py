@@ -104,9 +104,26 @@ def open_dataset(data: training.DataSettings) -> Dataset:
     is damaged, OperationFailed if it cannot be prepared."""
     if data.path is not None:
         return _read_dataset(Path(data.path).expanduser())
+    if data.mix is not None:
+        return _mixed([open_dataset(part) for part in data.parts()], data.weights())
     cached = _cache_directory() / _text_key(data)
     if not (cached / "manifest.json").exists():
         _prepare(data, cached)
+    return _read_dataset(cached)
+
+
+def _mixed(parts: Sequence[Dataset], weights: Sequence[int]) -> Dataset:
+    """One dataset of several, made once for the same tokens and weights."""
+    named = list(zip(weights, parts, strict=True))
+    key = json.dumps(["mix", *([weight, part.id] for weight, part in named)])
+    cached = _cache_directory() / hashlib.sha256(key.encode()).hexdigest()[:32]
+    if not (cached / "manifest.json").exists():
+        try:
+            arguments = [f"{weight}:{part.directory}" for weight, part in named]
+            run_trainer("mixing", [f"--out={cached}", *arguments], PREPARE_LIMIT_S)
+        except OperationFailed:
+            if not (cached / "manifest.json").exists():  # else another submission was first
+                raise
     return _read_dataset(cached)
 
 

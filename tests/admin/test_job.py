@@ -111,6 +111,26 @@ def test_text_is_prepared_once_into_the_cache(muster_json, served: Served, tmp_p
     assert served.service.submitted[2].dataset_json != first.dataset_json
 
 
+def test_a_mixture_is_submitted_as_one_dataset(muster_json, served: Served, tmp_path: Path) -> None:
+    for name in ("prose", "verse"):
+        (tmp_path / name).write_text(f"Some {name} for a mixture.\n" * 200)
+    parts = [
+        {"text": str(tmp_path / "prose"), "weight": 0.75},
+        {"text": str(tmp_path / "verse"), "weight": 0.25},
+    ]
+    job = write_job(tmp_path / "job.yaml", tmp_path, data={"mix": parts})
+    muster_json("job", "submit", str(job))
+    muster_json("job", "submit", str(job), "--name", "again")
+    first, second = served.service.submitted
+    assert first.dataset_json == second.dataset_json
+    manifest = json.loads(first.dataset_json)
+    assert [(part["name"], part["weight"]) for part in manifest["mix"]] == [("prose", 3), ("verse", 1)]
+    digests = {shard["digest"] for split in manifest["splits"].values() for shard in split}
+    assert digests == set(served.service.blobs)
+    spec = json.loads(first.spec_json)
+    assert spec["data"] == {"path": f"sha256:{hashlib.sha256(first.dataset_json.encode()).hexdigest()}"}
+
+
 def test_a_torchrun_job_needs_no_trainer_sections(muster_json, served: Served, tmp_path: Path) -> None:
     path = tmp_path / "job.yaml"
     path.write_text("{name: mine, launch: torchrun, elastic: {min_nodes: 2}}")
