@@ -16,7 +16,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO, Protocol
 
@@ -101,9 +101,9 @@ class BlobStore(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PresignedPut:
-    """Where one peer may send one blob, with exactly these headers."""
+    """Where one peer may send one blob, with exactly these headers.  A URL is a secret while it is good."""
 
-    url: str
+    url: str = field(repr=False)
     headers: dict[str, str]
 
 
@@ -111,7 +111,7 @@ class PresignedPut:
 class PresignedGet:
     """Where a blob may be fetched."""
 
-    url: str
+    url: str = field(repr=False)
     size: int
 
 

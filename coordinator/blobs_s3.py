@@ -125,6 +125,7 @@ class Bucket:
             "region": place.region,
             "access_key_id": credentials.access_key_id,
             "secret_access_key": credentials.secret_access_key,
+            "disable_bulk_delete": True,  # many stores that speak S3 do not speak that
         }
         if credentials.session_token:
             config["session_token"] = credentials.session_token

@@ -1,0 +1,287 @@
+"""What every blob store promises: a blob exists or it does not, and whatever goes wrong, nothing half-written
+stays.  The same tests run on the directory and on a bucket of a real S3 server."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import secrets
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import obstore
+import pytest
+from obstore.store import S3Store as Outsider
+
+from coordinator.blobs import BlobRefusedError, BlobStore, DirectoryStore
+from coordinator.blobs_s3 import Bucket, Place, S3Store
+from coordinator.core.model import Refusal
+from tests.coordinator.s3_server import BUCKET, KEY, REGION, S3Server, s3_server
+
+LIMITS = {"max_bytes": 64 << 20, "reserve_bytes": 0}
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
+    with s3_server(tmp_path_factory.mktemp("s3")) as running:
+        yield running
+
+
+@dataclass(kw_only=True)
+class Kind:
+    """One kind of store, and how a test reaches behind it."""
+
+    open: Callable[..., BlobStore]
+    damage: Callable[[str, bytes | None], None]
+    """Give a blob other bytes, or delete it."""
+    everything: Callable[[], list[str]]
+    """Names of all files or objects there are, blobs or not."""
+
+
+def directory(root: Path) -> Kind:
+    def opened(**changes: Any) -> BlobStore:
+        return DirectoryStore(root, **{**LIMITS, **changes})
+
+    def damage(digest: str, data: bytes | None) -> None:
+        path = root / digest[:2] / digest
+        path.unlink() if data is None else path.write_bytes(data)
+
+    def everything() -> list[str]:
+        return sorted(path.name for path in root.rglob("*") if path.is_file())
+
+    return Kind(open=opened, damage=damage, everything=everything)
+
+
+def s3(url: str, root: Path) -> Kind:
+    prefix = secrets.token_hex(4)
+    outsider = Outsider(
+        BUCKET,
+        prefix=prefix,
+        endpoint=url,
+        region=REGION,
+        access_key_id=KEY.access_key_id,
+        secret_access_key=KEY.secret_access_key,
+        client_options={"allow_http": True},
+    )
+    place = Place(
+        bucket=BUCKET, prefix=prefix, endpoint=url, agents_endpoint=url, region=REGION, credentials=KEY
+    )
+
+    def opened(**changes: Any) -> BlobStore:
+        limits = {**LIMITS, "url_expiry_s": 60, "staged_bytes_per_peer": 1 << 20, **changes}
+        return S3Store(Bucket(place), incoming=root, **limits)
+
+    def damage(digest: str, data: bytes | None) -> None:
+        key = f"blobs/{digest[:2]}/{digest}"
+        obstore.delete(outsider, key) if data is None else obstore.put(outsider, key, data)
+
+    def everything() -> list[str]:
+        objects = [found["path"] for page in obstore.list(outsider) for found in page]
+        return sorted([*(key.rpartition("/")[2] for key in objects), *(path.name for path in root.iterdir())])
+
+    return Kind(open=opened, damage=damage, everything=everything)
+
+
+@pytest.fixture(params=["directory", "s3"])
+def kind(request: pytest.FixtureRequest, tmp_path: Path) -> Kind:
+    if request.param == "directory":
+        return directory(tmp_path)
+    return s3(request.getfixturevalue("server").url, tmp_path)
+
+
+def digest_of(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def put(blobs: BlobStore, data: bytes, digest: str | None = None, size: int | None = None) -> bool:
+    """Whether it was new."""
+    upload = blobs.upload(digest or digest_of(data), len(data) if size is None else size)
+    if upload is None:
+        return False
+    try:
+        for start in range(0, len(data), 1 << 20):
+            upload.write(data[start : start + (1 << 20)])
+        upload.finish()
+    finally:
+        upload.discard()
+    return True
+
+
+def read(blobs: BlobStore, digest: str, offset: int = 0) -> bytes:
+    reader = blobs.read(digest, offset)
+    chunks = []
+    while chunk := reader.chunk():
+        assert len(chunk) <= 1 << 20
+        chunks.append(chunk)
+    reader.close()
+    assert reader.chunk() == b""
+    return b"".join(chunks)
+
+
+def test_a_blob_is_read_back_whole_and_from_an_offset(kind: Kind) -> None:
+    blobs, data = kind.open(), os.urandom((9 << 20) + 123)
+    assert blobs.size(digest_of(data)) is None
+    assert put(blobs, data)
+    assert blobs.size(digest_of(data)) == len(data)
+    for offset in (0, 1, (8 << 20) + 7, len(data)):
+        assert read(blobs, digest_of(data), offset) == data[offset:]
+    assert kind.everything() == [digest_of(data)]
+
+
+def test_the_empty_blob_is_a_blob(kind: Kind) -> None:
+    blobs = kind.open()
+    assert put(blobs, b"")
+    assert blobs.size(digest_of(b"")) == 0
+    assert read(blobs, digest_of(b"")) == b""
+    assert blobs.verify(digest_of(b""), 0) == ""
+
+
+def test_a_stored_blob_is_not_taken_again(kind: Kind) -> None:
+    assert put(kind.open(), b"abc")
+    assert not put(kind.open(), b"abc")
+
+
+def test_missing_names_what_is_not_stored_in_the_order_asked(kind: Kind) -> None:
+    blobs = kind.open()
+    names = [digest_of(bytes([n])) for n in range(40)]
+    for n in (3, 17):
+        put(blobs, bytes([n]))
+    assert blobs.missing(names) == [name for n, name in enumerate(names) if n not in {3, 17}]
+    assert blobs.missing([]) == []
+
+
+@pytest.mark.parametrize(
+    ("data", "digest", "size", "refusal"),
+    [
+        (b"abc", digest_of(b"other"), 3, Refusal.DIGEST_MISMATCH),
+        (b"abc", digest_of(b"abc"), 4, Refusal.INVALID),
+        (b"abcd", digest_of(b"abc"), 3, Refusal.INVALID),
+        (b"", digest_of(b"abc"), 1 << 40, Refusal.TOO_LARGE),
+    ],
+    ids=["wrong digest", "truncated", "too long", "over the bound"],
+)
+def test_a_wrong_upload_is_refused_and_leaves_nothing(
+    kind: Kind, data: bytes, digest: str, size: int, refusal: Refusal
+) -> None:
+    blobs = kind.open()
+    with pytest.raises(BlobRefusedError) as refused:
+        put(blobs, data, digest, size)
+    assert refused.value.refusal is refusal
+    assert kind.everything() == []
+    assert blobs.missing([digest]) == [digest]
+
+
+def test_an_upload_is_no_blob_before_its_end_and_nothing_after_it_was_dropped(kind: Kind) -> None:
+    blobs = kind.open()
+    upload = blobs.upload(digest_of(b"abc"), 3)
+    assert upload is not None
+    upload.write(b"abc")
+    assert blobs.size(digest_of(b"abc")) is None
+    assert list(blobs.stored()) == []
+    upload.discard()
+    upload.finish()
+    assert kind.everything() == []
+
+
+def test_what_a_killed_process_left_is_removed_at_the_next_start(kind: Kind) -> None:
+    upload = kind.open().upload(digest_of(b"abc"), 3)
+    assert upload is not None
+    upload.write(b"ab")
+    assert len(kind.everything()) == 1
+    kind.open()
+    assert kind.everything() == []
+    upload.discard()
+
+
+def test_uploads_never_touch_the_reserve_of_the_coordinators_disk(kind: Kind) -> None:
+    with pytest.raises(BlobRefusedError, match="in reserve") as refused:
+        kind.open(reserve_bytes=1 << 62).upload(digest_of(b"abc"), 3)
+    assert refused.value.refusal is Refusal.NO_SPACE
+
+
+def test_the_same_blob_from_many_at_once_is_stored_once(kind: Kind) -> None:
+    blobs, data = kind.open(), os.urandom(50_000)
+    together = threading.Barrier(4)
+    failures: list[BaseException] = []
+
+    def one() -> None:
+        try:
+            upload = blobs.upload(digest_of(data), len(data))
+            assert upload is not None
+            together.wait()
+            upload.write(data)
+            upload.finish()
+        except BaseException as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=one) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert failures == []
+    assert kind.everything() == [digest_of(data)]
+    assert blobs.verify(digest_of(data), len(data)) == ""
+
+
+@pytest.mark.parametrize(
+    ("damage", "problem"),
+    [(b"abd", "damaged"), (b"ab", "2 bytes instead of 3"), (None, "missing")],
+    ids=["flipped", "truncated", "deleted"],
+)
+def test_verify_says_what_is_wrong_with_a_stored_blob(kind: Kind, damage: bytes | None, problem: str) -> None:
+    blobs = kind.open()
+    put(blobs, b"abc")
+    assert blobs.verify(digest_of(b"abc"), 3) == ""
+    kind.damage(digest_of(b"abc"), damage)
+    assert problem in blobs.verify(digest_of(b"abc"), 3)
+
+
+def test_a_truncated_blob_is_replaced_by_the_next_upload(kind: Kind) -> None:
+    blobs = kind.open()
+    put(blobs, b"abc")
+    kind.damage(digest_of(b"abc"), b"ab")
+    assert put(blobs, b"abc")
+    assert read(blobs, digest_of(b"abc")) == b"abc"
+
+
+def test_reading_what_is_not_there_is_refused(kind: Kind) -> None:
+    blobs = kind.open()
+    with pytest.raises(BlobRefusedError) as refused:
+        blobs.read(digest_of(b"abc"), 0)
+    assert refused.value.refusal is Refusal.UNKNOWN_BLOB
+    put(blobs, b"abc")
+    with pytest.raises(BlobRefusedError, match="only 3 bytes") as refused:
+        blobs.read(digest_of(b"abc"), 4)
+    assert refused.value.refusal is Refusal.INVALID
+
+
+def test_the_sweeper_sees_every_blob_with_its_age_and_removes_it(kind: Kind) -> None:
+    for data in (b"one", b"two"):
+        put(kind.open(), data)
+    blobs = kind.open()
+    assert {digest: age_s < 60 for digest, age_s in blobs.stored()} == {
+        digest_of(b"one"): True,
+        digest_of(b"two"): True,
+    }
+    blobs.remove(digest_of(b"one"))
+    blobs.remove(digest_of(b"one"))
+    assert [digest for digest, _ in blobs.stored()] == [digest_of(b"two")]
+    assert blobs.missing([digest_of(b"one")]) == [digest_of(b"one")]
+
+
+def test_a_blob_that_was_asked_for_is_young_again(kind: Kind) -> None:
+    later = 0.0
+    blobs = kind.open(now=lambda: time.time() + later)
+    for data in (b"asked", b"not asked"):
+        put(blobs, data)
+    later = 10_000.0
+    blobs.missing([digest_of(b"asked")])
+    later = 10_100.0
+    ages = dict(blobs.stored())
+    assert 90 < ages[digest_of(b"asked")] < 200
+    assert ages[digest_of(b"not asked")] > 10_000
