@@ -67,7 +67,6 @@ class Alone:
         )
 
     def send(self, message: control.Up) -> None:
-        train = self._config.train
         match message:
             case control.Shard():
                 self._shards.append(message)
@@ -76,19 +75,6 @@ class Alone:
                 control.leave(1)
             case control.Finished():
                 self._on_message(control.Stop())
-            case _ if self._rank != 0:
-                pass
-            case control.Formed(step=step) if step > 0:
-                print(f"resuming after step {step}", flush=True)
-            case control.Step(step=step) if step % train.log_every == 0 or step in {1, train.steps}:
-                skipped = "  skipped: a gradient is not finite" if message.skipped else ""
-                print(
-                    f"step {step}/{train.steps}  loss {message.loss:.4f}  lr {message.lr:.2e}  "
-                    f"norm {message.grad_norm:.2f}  {message.tokens / message.duration_s:,.0f} tokens/s{skipped}",
-                    flush=True,
-                )
-            case control.Evaluation():
-                print(f"step {message.step}  validation loss {message.loss:.4f}", flush=True)
             case _:
                 pass
 

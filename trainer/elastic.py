@@ -129,6 +129,7 @@ class ElasticGroup:
         self._computed = 0
         self._data_digest = 0
         self._pending = 0
+        self._pending_in = 0
         self._pending_norm = math.nan
         self._last = NO_OUTCOME
         self._layout: dict[int, int] = {}
@@ -340,7 +341,7 @@ class ElasticGroup:
         self._doing("reducing")
         gradients = [p.grad for p in self._parameters if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients).to(torch.float64)
-        self._pending = self.step + 1
+        self._pending, self._pending_in = self.step + 1, group.generation
         if self.device.type == "cpu":
             self._pending_norm = float(norm)
         try:
@@ -349,7 +350,7 @@ class ElasticGroup:
             self._lose(error)
             return False
         self._apply(outcome)
-        self._report(outcome, group.generation)
+        self._report(outcome, group)
         self._checkpoint_if_due(group)
         return True
 
@@ -371,7 +372,7 @@ class ElasticGroup:
             self._lose(error)
             return
         if group.rank == 0:
-            self._link.send(control.Evaluation(step=self.step, loss=float(total) / count))
+            self._say(control.Evaluation(step=self.step, loss=float(total) / count), group.rank)
 
     # =========================================================================== voting, applying
 
@@ -426,6 +427,7 @@ class ElasticGroup:
             data_digest=(int(low) + (int(high) << 32)) % (1 << 64),
             grad_norm=norms / world,
             skipped=finite < world,
+            generation=group.generation,
         )
 
     def _apply(self, outcome: Outcome) -> None:
@@ -444,30 +446,49 @@ class ElasticGroup:
         self._last = outcome
         self._pending = 0
 
-    def _report(self, outcome: Outcome, generation: int) -> None:
-        if self._group is not None:
-            self._trace.committed(
-                step=outcome.step,
-                generation=generation,
-                world=self._group.world_size,
-                rank=self._group.rank,
-                loss=outcome.loss,
-            )
-        train = self.config.train
-        self._link.send(
-            control.Step(
-                generation=generation,
-                step=outcome.step,
-                loss=outcome.loss,
-                slices=outcome.slices,
-                data_digest=str(outcome.data_digest),
-                tokens=train.slices_per_step * train.slice_sequences * train.seq_len,
-                lr=self._schedule(outcome.step),
-                grad_norm=outcome.grad_norm,
-                skipped=outcome.skipped,
-                duration_s=time.monotonic() - self._begun,
-            )
+    def _report(self, outcome: Outcome, group: Group) -> None:
+        self._trace.committed(
+            step=outcome.step,
+            generation=group.generation,
+            world=group.world_size,
+            rank=group.rank,
+            loss=outcome.loss,
         )
+        train = self.config.train
+        message = control.Step(
+            generation=group.generation,
+            step=outcome.step,
+            loss=outcome.loss,
+            slices=outcome.slices,
+            data_digest=str(outcome.data_digest),
+            tokens=train.slices_per_step * train.slice_sequences * train.seq_len,
+            lr=self._schedule(outcome.step),
+            grad_norm=outcome.grad_norm,
+            skipped=outcome.skipped,
+            duration_s=time.monotonic() - self._begun,
+        )
+        self._say(message, group.rank)
+
+    def _say(self, message: control.Up, rank: int) -> None:
+        """Report; rank 0 also prints what a person who reads the log wants to know."""
+        self._link.send(message)
+        train = self.config.train
+        match message:
+            case _ if rank != 0:
+                pass
+            case control.Formed(step=step) if step > 0:
+                print(f"resuming after step {step} in generation {message.generation}", flush=True)
+            case control.Step(step=step) if step % train.log_every == 0 or step in {1, train.steps}:
+                skipped = "  skipped: a gradient is not finite" if message.skipped else ""
+                print(
+                    f"step {step}/{train.steps}  loss {message.loss:.4f}  lr {message.lr:.2e}  "
+                    f"norm {message.grad_norm:.2f}  {message.tokens / message.duration_s:,.0f} tokens/s{skipped}",
+                    flush=True,
+                )
+            case control.Evaluation():
+                print(f"step {message.step}  validation loss {message.loss:.4f}", flush=True)
+            case _:
+                pass
 
     # ==================================================================== the life of a generation
 
@@ -516,6 +537,10 @@ class ElasticGroup:
                 self._take_checkpoint(previous, *self._left)
                 self._finish_saving()
             if plan.release:
+                self._pending = 0
+                if plan.cut == "abort" and plan.group_world_size:
+                    # Given up: what the others do from here on is the job's history, whatever we hold.
+                    self._holds = False
                 self._graveyard.sweep()
                 self._link.send(control.Released(generation=plan.generation))
                 continue
@@ -565,14 +590,15 @@ class ElasticGroup:
         failure = self._prepare_state(plan, group)
         everyone = [Standing.of(row) for row in group.exchange(self._standing(failure is not None).row())]
         self._check_standings(everyone, group, failure, plan)
-        self._catch_up(plan, everyone)
-        self._agree(plan, group)
+        self._catch_up(plan, group, everyone)
+        self._agree(plan, group, everyone)
 
     def _standing(self, broken: bool) -> Standing:
         return Standing(
             holds=self._holds,
             step=self.step,
             pending=self._pending,
+            pending_in=self._pending_in,
             identity=self._identity,
             broken=broken,
             last=self._last,
@@ -625,11 +651,11 @@ class ElasticGroup:
         if odd:
             raise _Lost
 
-    def _catch_up(self, plan: control.Plan, everyone: list[Standing]) -> None:
+    def _catch_up(self, plan: control.Plan, group: Group, everyone: list[Standing]) -> None:
         mine = everyone[plan.rank]
         if not agreement.must_apply(mine, everyone, plan.committed_step):
             return
-        outcome = agreement.outcome_of(mine.pending, everyone)
+        outcome = agreement.outcome_of(mine, everyone)
         known = outcome is not None
         if outcome is None:  # the coordinator has its record; only our own norm is needed here
             norm = self._pending_norm
@@ -647,7 +673,7 @@ class ElasticGroup:
             )
         self._apply(outcome)
         if known:
-            self._report(outcome, plan.generation)
+            self._report(outcome, group)
         else:
             self._last = NO_OUTCOME
 
@@ -659,7 +685,7 @@ class ElasticGroup:
             digest=self._state.digest() if self._holds else "",
         )
 
-    def _agree(self, plan: control.Plan, group: Group) -> None:
+    def _agree(self, plan: control.Plan, group: Group, everyone: list[Standing]) -> None:
         """Settle on one state, bring everybody to it, and say so."""
         claims = [
             Claim.of(rank, row) for rank, row in enumerate(group.exchange(self._claim(group.rank).row()))
@@ -679,6 +705,7 @@ class ElasticGroup:
                     "restore", "no member of the generation holds the training state", plan.committed_step
                 )
             raise _Lost
+        told = everyone[chosen.rank].last
         stale = [c for c in claims if not (c.holds and (c.step, c.digest) == (chosen.step, chosen.digest))]
         healed = any(claim.rank == group.rank for claim in stale)
         if stale:
@@ -695,6 +722,10 @@ class ElasticGroup:
                 )
                 raise _Lost
             self._holds = True
+            if told.step == chosen.step:
+                # Should all who voted on this step be gone before they have reported it, we do.
+                self._last = told
+                self._report(told, group)
             if plan.source == "memory" and agreement.diverged(claims[group.rank], chosen):
                 was = claims[group.rank]
                 self._fail(
@@ -702,11 +733,10 @@ class ElasticGroup:
                     f"rank {group.rank} held step {was.step} with digest {was.digest}; its peers hold step "
                     f"{chosen.step} with digest {chosen.digest}; it was healed from rank {chosen.rank}",
                 )
-        self._link.send(
-            control.Formed(
-                generation=plan.generation, step=self.step, state_digest=chosen.digest, healed=healed
-            )
+        formed = control.Formed(
+            generation=plan.generation, step=self.step, state_digest=chosen.digest, healed=healed
         )
+        self._say(formed, plan.rank)
 
     def _finish(self) -> bool:
         """After the last step: the last checkpoint, then wait to be stopped.  False if the loop should end."""

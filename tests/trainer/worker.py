@@ -38,7 +38,8 @@ class Faulty(ElasticGroup):
             with torch.no_grad():
                 self._parameters[0][0, 0] += 1.0
         if outcome.step == AT and KIND == "die-after-step":
-            self._report(outcome, self._generation)
+            assert self._group is not None
+            self._report(outcome, self._group)
             os._exit(9)
 
 
