@@ -70,7 +70,10 @@ class Transfer:
                 while data := file.read(CHUNK_BYTES):
                     self._check()
                     self._connection.send(data)
-                self._answered(self._connection.getresponse(), {200, 201, 204})
+                with self._connection.getresponse() as response:
+                    self._answered(response, {200, 201, 204})
+            except TransferBroken:
+                raise
             except (OSError, http.client.HTTPException) as error:
                 raise self._broken(error) from error
             finally:
@@ -84,28 +87,34 @@ class Transfer:
         if offset:
             headers["Range"] = f"bytes={offset}-{size - 1}"
         try:
-            self._connect()
-            self._connection.request("GET", self._target, headers=headers)
-            response = self._connection.getresponse()
-            self._answered(response, {206} if offset else {200})
-            if offset and not (response.getheader("Content-Range") or "").startswith(f"bytes {offset}-"):
-                raise TransferBroken(f"{self.where}: the store sent another range than it was asked for")
-        except (OSError, http.client.HTTPException) as error:
-            self._connection.close()
-            raise self._broken(error) from error
-        try:
-            left = size - offset
-            while left:
-                data = self._next(response, min(CHUNK_BYTES, left))
-                left -= len(data)
-                take(data)
+            with self._response(headers) as response:
+                self._answered(response, {206} if offset else {200})
+                if offset and not (response.getheader("Content-Range") or "").startswith(f"bytes {offset}-"):
+                    raise TransferBroken(f"{self.where}: the store sent another range than it was asked for")
+                left = size - offset
+                while left:
+                    data = self._next(response, min(CHUNK_BYTES, left))
+                    left -= len(data)
+                    take(data)
         finally:
             self._connection.close()
+
+    def _response(self, headers: Mapping[str, str]) -> http.client.HTTPResponse:
+        try:
+            self._connect()
+            self._connection.request("GET", self._target, headers=dict(headers))
+            return self._connection.getresponse()
+        except TransferBroken:
+            raise
+        except (OSError, http.client.HTTPException) as error:
+            raise self._broken(error) from error
 
     def _next(self, response: http.client.HTTPResponse, most: int) -> bytes:
         try:
             self._check()
             data = response.read(most)
+        except TransferBroken:
+            raise
         except (OSError, http.client.HTTPException) as error:
             raise self._broken(error) from error
         if not data:
@@ -124,12 +133,10 @@ class Transfer:
 
     def _answered(self, response: http.client.HTTPResponse, expected: set[int]) -> None:
         if response.status not in expected:
-            # What the store says may repeat the request with its signature: it is not shown.
-            raise TransferBroken(
-                f"{self.where}: the object store answered {response.status} {response.reason[:64]}"
-            )
+            # The store's own words may repeat the request with its signature: they are not shown.
+            meaning = http.client.responses.get(response.status, "")
+            raise TransferBroken(f"{self.where}: the object store answered {response.status} {meaning}")
 
     def _broken(self, error: Exception) -> TransferBroken:
-        if isinstance(error, TransferBroken):
-            return error
-        return TransferBroken(f"{self.where}: {error or type(error).__name__}")
+        why = isinstance(error, OSError) and (error.strerror or str(error))
+        return TransferBroken(f"{self.where}: {why or type(error).__name__}")
