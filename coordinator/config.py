@@ -57,10 +57,14 @@ _STORE = re.compile(
 )
 
 
+def _shown(text: str) -> str:
+    return "something with an @, which may hold a key" if "@" in text else repr(text)
+
+
 def _store(value: object) -> str:
     text = str(value)
     if text != "directory" and _STORE.fullmatch(text) is None:
-        raise ValueError(f"found {text!r}; expected directory or s3://BUCKET/PREFIX")
+        raise ValueError(f"found {_shown(text)}; expected directory or s3://BUCKET/PREFIX")
     return text
 
 
@@ -68,7 +72,7 @@ def _endpoint(value: object) -> str:
     text = str(value)
     parts = urlsplit(text)
     if parts.scheme not in {"http", "https"} or not parts.hostname or parts.username or parts.query:
-        raise ValueError(f"found {text!r}; expected http(s)://HOST or http(s)://HOST:PORT, and no key in it")
+        raise ValueError(f"found {_shown(text)}; expected http(s)://HOST or http(s)://HOST:PORT and no key")
     return text.rstrip("/")
 
 

@@ -158,3 +158,34 @@ def test_a_bad_job_file_names_the_field(change: dict[str, Any], says: str) -> No
     with pytest.raises(SettingError) as error:
         jobfile.job_spec({**JOB, **change}, "")
     assert says in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("written", "bucket"),
+    [
+        ("directory", None),
+        ("s3://muster", ("muster", "")),
+        ("s3://muster/", ("muster", "")),
+        ("s3://my.bucket/fleets/one/", ("my.bucket", "fleets/one")),
+    ],
+)
+def test_blobs_live_in_a_directory_or_a_bucket(written: str, bucket: tuple[str, str] | None) -> None:
+    assert config.Blobs.model_validate({"store": written}).bucket() == bucket
+
+
+@pytest.mark.parametrize(
+    ("blobs", "message"),
+    [
+        ({"store": "s3:/muster"}, "expected directory or s3://BUCKET/PREFIX"),
+        ({"store": "/srv/blobs"}, "expected directory or s3://BUCKET/PREFIX"),
+        ({"store": "s3://Key:secret@host/x"}, "expected directory or s3://BUCKET/PREFIX"),
+        ({"s3": {"endpoint": "s3.example.org"}}, "expected http"),
+        ({"s3": {"endpoint": "https://key:secret@s3.example.org"}}, "and no key"),
+        ({"s3": {"access_key_id": "k"}}, "access_key_id"),
+        ({"s3": {"url_expiry": "30d"}}, "url_expiry"),
+    ],
+)
+def test_a_store_that_cannot_be_reached_as_written_is_refused(blobs: dict[str, Any], message: str) -> None:
+    with pytest.raises(SettingError, match=message) as error:
+        config.validated(config.CoordinatorConfig, {"blobs": blobs}, what="config")
+    assert "secret" not in str(error.value)
