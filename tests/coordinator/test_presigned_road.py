@@ -7,6 +7,7 @@ import asyncio
 import hashlib
 import json
 import os
+import threading
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,12 @@ import pytest
 
 from agent.blobs import BlobCache, BlobClient, ShardReports
 from agent.errors import BlobError
+from coordinator.access import caller
+from coordinator.blob_service import BlobService
+from coordinator.blobs import BlobRefusedError, DirectoryStore
+from coordinator.core.model import Refusal, State
+from coordinator.identity import Principal, Role
+from coordinator.metrics import Metrics
 from coordinator.server import StartError
 from coordinator.sweep import referenced
 from protos import admin_pb2, agent_pb2
@@ -294,3 +301,51 @@ async def test_a_store_that_goes_away_is_a_wait_and_not_a_refusal(tmp_path: Path
         assert "try again later" in (error.value.details() or "")
     finally:
         await stack.__aexit__(None, None, None)
+
+
+class SlowChecks:
+    """Presigned transfers whose check waits for the test."""
+
+    def __init__(self) -> None:
+        self.begun: list[tuple[str, str, int]] = []
+        self.go_on = threading.Event()
+        self.wrong = False
+
+    def take_in(self, peer: str, digest: str, size: int) -> None:
+        self.begun.append((peer, digest, size))
+        assert self.go_on.wait(RPC_TIMEOUT_S)
+        if self.wrong:
+            raise BlobRefusedError(Refusal.DIGEST_MISMATCH, "other bytes")
+
+
+@pytest.fixture
+def slow(tmp_path: Path) -> tuple[SlowChecks, BlobService]:
+    checks = SlowChecks()
+    store = DirectoryStore(tmp_path / "blobs", max_bytes=1, reserve_bytes=0)
+    store.presigned = checks  # type: ignore[assignment]
+    metrics = Metrics(State, lambda: 0, lambda: 0)
+    caller.set(Principal(role=Role.AGENT, id="a1", not_after_unix_s=2**40))
+    return checks, BlobService(store, transfers_per_peer=1, chunk_timeout_s=1.0, metrics=metrics)
+
+
+@pytest.mark.parametrize("wrong", [False, True])
+async def test_a_check_that_outlasts_its_report_is_finished_and_not_begun_again(
+    slow: tuple[SlowChecks, BlobService], wrong: bool
+) -> None:
+    checks, service = slow
+    checks.wrong = wrong
+    with pytest.raises(TimeoutError):
+        async with asyncio.timeout(0.05):
+            await service.take_in("ab" * 32, 7)
+    asked = agent_pb2.PresignPutRequest(digest="ab" * 32, bytes=7)
+    assert (await service.presign_put(asked)).received
+    again = asyncio.create_task(service.take_in("ab" * 32, 7))
+    await asyncio.sleep(0)
+    checks.go_on.set()
+    if wrong:
+        with pytest.raises(BlobRefusedError):
+            await again
+    else:
+        await again
+    assert checks.begun == [("agent-a1", "ab" * 32, 7)]
+    await service.stop()
