@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 # Metrics of which more is better; a goal for any other metric is an upper bound.
-AT_LEAST = frozenset({"goodput"})
+AT_LEAST = frozenset({"goodput", "mib_per_s", "of_dd", "of_cold_read"})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -18,7 +18,7 @@ import os
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +28,7 @@ from torch import Tensor
 from trainer.checkpoint import CheckpointDirectory, ShardFile, ShardImage, TensorSpec, layout, sha256
 
 SLOTS = 2
+WRITERS = 3
 _ALIGNMENT = 64
 _BACKGROUND_NICENESS = 10
 
@@ -147,29 +148,46 @@ class Saver:
         previous: threading.Thread | None,
     ) -> None:
         try:
-            try:
-                files = self._read_state(slot, images, begun)
-                with self._side_stream(begun):
-                    snapshot = dataclasses.replace(snapshot, state_digest=state_digest())
-                self.newest = snapshot
-            except RuntimeError as error:  # of torch: no memory, or a device that failed
-                raise OSError(errno.ENOMEM, f"the state cannot be read ({error})") from error
-            finally:
-                read.set()
-            # Whatever follows yields to training; a thread of its own has its own priority on Linux.
-            with contextlib.suppress(OSError):
-                os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _BACKGROUND_NICENESS)
-            if previous is not None:
-                previous.join()
-            self._write(snapshot, images, files)
+            with ThreadPoolExecutor(1, thread_name_prefix="digester") as digester:
+                try:
+                    files = self._read_state(slot, images, begun)
+                    digested = digester.submit(self._digest, snapshot, state_digest, begun, read)
+                except BaseException:
+                    read.set()
+                    raise
+                # Whatever follows yields to training; on Linux a thread has a priority of its own.
+                with contextlib.suppress(OSError):
+                    os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _BACKGROUND_NICENESS)
+                if previous is not None:
+                    previous.join()
+                self._write(images, files, digested)
         except OSError as error:
-            if self.newest is snapshot:
+            if self._is_newest(snapshot):
                 self._error = error
             print(
                 f"worker: checkpoint of step {snapshot.step}: {error}; training goes on without it",
                 file=sys.stderr,
                 flush=True,
             )
+
+    def _is_newest(self, snapshot: Snapshot) -> bool:
+        newest = self.newest
+        return newest is not None and (newest.generation, newest.step) == (snapshot.generation, snapshot.step)
+
+    def _digest(
+        self,
+        snapshot: Snapshot,
+        state_digest: Callable[[], str],
+        begun: torch.cuda.Event | None,
+        read: threading.Event,
+    ) -> Snapshot:
+        try:
+            with _readable(), self._side_stream(begun):
+                digested = dataclasses.replace(snapshot, state_digest=state_digest())
+            self.newest = digested  # nobody takes another before `read` is set
+            return digested
+        finally:
+            read.set()
 
     def _read_state(
         self, slot: _Slot, images: tuple[ShardImage, ...], begun: torch.cuda.Event | None
@@ -179,14 +197,15 @@ class Saver:
         for image in images:
             starts.append(end)
             end += -(-image.bytes // _ALIGNMENT) * _ALIGNMENT
-        if slot.memory is None or len(slot.memory) < end:
-            slot.memory = None
-            slot.memory = torch.empty(end, dtype=torch.uint8, pin_memory=begun is not None)
-        memory = slot.memory
-        files = [memory[start : start + image.bytes] for start, image in zip(starts, images, strict=True)]
-        with self._side_stream(begun):
-            for image, file in zip(images, files, strict=True):
-                image.fill(file, self._tensors)
+        with _readable():
+            if slot.memory is None or len(slot.memory) < end:
+                slot.memory = None
+                slot.memory = torch.empty(end, dtype=torch.uint8, pin_memory=begun is not None)
+            memory = slot.memory
+            files = [memory[start : start + image.bytes] for start, image in zip(starts, images, strict=True)]
+            with self._side_stream(begun):
+                for image, file in zip(images, files, strict=True):
+                    image.fill(file, self._tensors)
         return files
 
     @contextlib.contextmanager
@@ -204,11 +223,22 @@ class Saver:
                 yield
             self._stream.synchronize()
 
-    def _write(self, snapshot: Snapshot, images: tuple[ShardImage, ...], files: list[Tensor]) -> None:
-        # The next shard is hashed while the disk takes this one.
-        with ThreadPoolExecutor(1, thread_name_prefix="hasher") as hasher:
-            digests = hasher.map(sha256, files)
-            for image, memory, digest in zip(images, files, digests, strict=True):
-                self._directory.store(digest, memory)
-                shard = ShardFile(index=image.shard.index, digest=digest, bytes=image.bytes)
-                self._saved(snapshot, shard)
+    def _write(self, images: tuple[ShardImage, ...], files: list[Tensor], digested: Future[Snapshot]) -> None:
+        # While the disk takes one shard, the next is hashed.
+        with ThreadPoolExecutor(WRITERS, thread_name_prefix="writer") as writers:
+            for shard in writers.map(self._store, images, files):
+                self._saved(digested.result(), shard)
+
+    def _store(self, image: ShardImage, memory: Tensor) -> ShardFile:
+        digest = sha256(memory)
+        self._directory.store(digest, memory)
+        return ShardFile(index=image.shard.index, digest=digest, bytes=image.bytes)
+
+
+@contextlib.contextmanager
+def _readable() -> Iterator[None]:
+    """What torch raises where memory is short or a device fails, as an OSError."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise OSError(errno.ENOMEM, f"the state cannot be read ({error})") from error
