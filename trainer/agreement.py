@@ -22,10 +22,13 @@ class Outcome:
     data_digest: int
     grad_norm: float
     skipped: bool
+    generation: int = 0
+    """In which the vote was held."""
 
     def row(self) -> list[int]:
         return [
             self.step,
+            self.generation,
             _bits(self.loss),
             self.slices,
             _signed(self.data_digest),
@@ -35,9 +38,10 @@ class Outcome:
 
     @staticmethod
     def of(row: Sequence[int]) -> Outcome:
-        step, loss, slices, data_digest, grad_norm, skipped = row
+        step, generation, loss, slices, data_digest, grad_norm, skipped = row
         return Outcome(
             step=step,
+            generation=generation,
             loss=_float(loss),
             slices=slices,
             data_digest=data_digest % (1 << 64),
@@ -64,12 +68,15 @@ class Standing:
     """It cannot do its part (the leader could not restore the checkpoint)."""
     last: Outcome
     """Of `step`, where it knows it."""
+    pending_in: int = 0
+    """The generation that reduced the pending gradients."""
 
     def row(self) -> list[int]:
         return [
             int(self.holds),
             self.step,
             self.pending,
+            self.pending_in,
             _signed(self.identity),
             int(self.broken),
             *self.last.row(),
@@ -77,14 +84,15 @@ class Standing:
 
     @staticmethod
     def of(row: Sequence[int]) -> Standing:
-        holds, step, pending, identity, broken = row[:5]
+        holds, step, pending, pending_in, identity, broken = row[:6]
         return Standing(
             holds=bool(holds),
             step=step,
             pending=pending,
+            pending_in=pending_in,
             identity=identity % (1 << 64),
             broken=bool(broken),
-            last=Outcome.of(row[5:]),
+            last=Outcome.of(row[6:]),
         )
 
 
@@ -111,17 +119,22 @@ class Claim:
 def must_apply(mine: Standing, everyone: Sequence[Standing], committed_step: int) -> bool:
     """Whether this rank applies the gradients it holds: somebody's vote on them completed.
 
-    That is so if a member has applied the step, or if the coordinator has recorded it (the member that
-    reported it may be gone).  A vote that completed anywhere had everybody's complete gradients.
+    That is so if a member has applied the step by the vote of the same generation, or if nobody here has
+    come so far and the coordinator has recorded it (the member that reported it is gone).  A vote that
+    completed anywhere had everybody's complete gradients.  A step that a later generation computed anew,
+    without this rank, was summed otherwise: then this rank heals.
     """
     if not mine.pending:
         return False
-    return committed_step >= mine.pending or any(s.holds and s.step == mine.pending for s in everyone)
+    if any(s.holds and s.step >= mine.pending for s in everyone):
+        return outcome_of(mine, everyone) is not None
+    return committed_step == mine.pending
 
 
-def outcome_of(step: int, everyone: Sequence[Standing]) -> Outcome | None:
-    """What the vote on `step` said, from the lowest rank that knows."""
-    return next((s.last for s in everyone if s.holds and s.last.step == step), None)
+def outcome_of(mine: Standing, everyone: Sequence[Standing]) -> Outcome | None:
+    """What the vote on the gradients that this rank holds said, from the lowest rank that knows."""
+    vote = (mine.pending, mine.pending_in)
+    return next((s.last for s in everyone if s.holds and (s.last.step, s.last.generation) == vote), None)
 
 
 def odd_ones(everyone: Sequence[Standing]) -> list[int]:

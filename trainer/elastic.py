@@ -563,6 +563,7 @@ class ElasticGroup:
                 return True
 
     def _enter(self, plan: control.Plan) -> None:
+        self._begun = time.monotonic()
         # A newer plan of any kind supersedes connecting; once connected only an abort ends waiting, for
         # peers may have gone on already and then count on this rank until the cut.
         group = form(
@@ -705,7 +706,7 @@ class ElasticGroup:
                     "restore", "no member of the generation holds the training state", plan.committed_step
                 )
             raise _Lost
-        told = everyone[chosen.rank].last
+        known = (s.last for s in (everyone[chosen.rank], *everyone) if s.holds and s.last.step == chosen.step)
         stale = [c for c in claims if not (c.holds and (c.step, c.digest) == (chosen.step, chosen.digest))]
         healed = any(claim.rank == group.rank for claim in stale)
         if stale:
@@ -722,10 +723,10 @@ class ElasticGroup:
                 )
                 raise _Lost
             self._holds = True
-            if told.step == chosen.step:
+            self._last = next(known, NO_OUTCOME)
+            if self._last.step:
                 # Should all who voted on this step be gone before they have reported it, we do.
-                self._last = told
-                self._report(told, group)
+                self._report(self._last, group)
             if plan.source == "memory" and agreement.diverged(claims[group.rank], chosen):
                 was = claims[group.rank]
                 self._fail(

@@ -25,9 +25,22 @@ def claim(rank: int, step: int, digest: str = A, *, holds: bool = True) -> Claim
     return Claim(rank=rank, holds=holds, step=step, digest=digest)
 
 
-def standing(step: int, pending: int = 0, *, holds: bool = True, identity: int = 1) -> Standing:
-    last = Outcome(step=step, loss=1.5, slices=4, data_digest=7, grad_norm=0.5, skipped=False)
-    return Standing(holds=holds, step=step, pending=pending, identity=identity, broken=False, last=last)
+def standing(
+    step: int, pending: int = 0, *, holds: bool = True, identity: int = 1, generation: int = 3
+) -> Standing:
+    """`generation` is the one in which it voted last, and which reduced what is pending."""
+    last = Outcome(
+        step=step, loss=1.5, slices=4, data_digest=7, grad_norm=0.5, skipped=False, generation=generation
+    )
+    return Standing(
+        holds=holds,
+        step=step,
+        pending=pending,
+        pending_in=generation,
+        identity=identity,
+        broken=False,
+        last=last,
+    )
 
 
 @given(
@@ -39,11 +52,12 @@ def standing(step: int, pending: int = 0, *, holds: bool = True, identity: int =
         data_digest=st.integers(0, 2**64 - 1),
         grad_norm=st.floats(allow_nan=False),
         skipped=st.booleans(),
+        generation=st.integers(0, 2**40),
     ),
     st.integers(0, 2**64 - 1),
 )
 def test_what_ranks_tell_each_other_fits_into_signed_words(last: Outcome, identity: int) -> None:
-    told = Standing(holds=True, step=3, pending=4, identity=identity, broken=False, last=last)
+    told = Standing(holds=True, step=3, pending=4, pending_in=2, identity=identity, broken=False, last=last)
     row = told.row()
     assert all(-(2**63) <= word < 2**63 for word in row)
     assert Standing.of(row) == told
@@ -93,12 +107,22 @@ def test_pending_gradients_are_applied_if_somebodys_vote_completed() -> None:
     assert not must_apply(mine, [mine, standing(6, holds=False)], 5)
 
 
+def test_pending_gradients_of_a_step_that_was_computed_anew_are_not_applied() -> None:
+    mine = standing(5, pending=6, generation=3)
+    anew = standing(6, generation=4)
+    assert not must_apply(mine, [mine, anew], 6), "a later generation summed step 6 without this rank"
+    assert not must_apply(mine, [mine, standing(9, generation=4)], 9), "and has gone on"
+    assert must_apply(mine, [anew, mine, standing(6, generation=3)], 6)
+
+
 def test_what_the_vote_said_comes_from_a_member_that_knows() -> None:
     unknown = Standing(holds=True, step=6, pending=0, identity=1, broken=False, last=NO_OUTCOME)
-    found = outcome_of(6, [standing(5, 6), unknown, standing(6)])
+    mine = standing(5, 6)
+    found = outcome_of(mine, [mine, unknown, standing(6)])
     assert found is not None
     assert found.loss == 1.5
-    assert outcome_of(6, [standing(5, 6), unknown]) is None
+    assert outcome_of(mine, [mine, unknown]) is None
+    assert outcome_of(mine, [mine, standing(6, generation=4)]) is None
 
 
 def test_who_trains_something_else_is_found_by_the_majority() -> None:
