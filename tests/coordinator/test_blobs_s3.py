@@ -8,6 +8,7 @@ import http.client
 import json
 import os
 import secrets
+import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping
@@ -23,6 +24,8 @@ from coordinator.blobs_s3 import START_GRACE_S, Bucket, BucketError, Place, S3St
 from coordinator.config import Blobs
 from coordinator.core.model import Refusal
 from coordinator.presign import Credentials, CredentialsError, presigned_url
+from coordinator.server import Coordinator, StartError
+from tests.coordinator.harness import loopback_config, running_coordinator
 from tests.coordinator.s3_server import BUCKET, KEY, REGION, S3Server, s3_server
 
 PEER = "agent-a1"
@@ -334,6 +337,18 @@ def test_a_wrong_key_or_bucket_is_refused_at_the_start_and_no_secret_is_shown(
     nowhere = Blobs.model_validate({"store": "s3://nowhere", "s3": {"endpoint": server.url}})
     with pytest.raises(BucketError, match="nowhere"):
         opened(nowhere, tmp_path, ENVIRONMENT)
+
+
+async def test_without_obstore_the_default_serves_and_a_bucket_says_what_to_install(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "obstore", None)
+    monkeypatch.delitem(sys.modules, "coordinator.blobs_s3")
+    monkeypatch.delattr("coordinator.blobs_s3")
+    async with running_coordinator(tmp_path):
+        pass
+    with pytest.raises(StartError, match=r"pip install 'muster-train\[s3\]'"):
+        Coordinator(tmp_path / "home", loopback_config(blobs={"store": "s3://muster"}))
 
 
 def test_signing_agrees_with_the_example_that_amazon_publishes() -> None:

@@ -61,6 +61,8 @@ class AgentProcess:
 class Fleet:
     root: Path
     lease: str = "2s"
+    blobs: dict[str, Any] = field(default_factory=dict)
+    """The section `blobs` of coordinator.yaml."""
     agents: dict[str, AgentProcess] = field(default_factory=dict)
     coordinator: subprocess.Popen[bytes] | None = None
     addresses: dict[str, str] = field(default_factory=dict)
@@ -98,7 +100,7 @@ class Fleet:
         """Start `musterd serve`, on free ports or, at a restart, on those it had."""
         ports = ports or {"main": "127.0.0.1:0", "enroll": "127.0.0.1:0", "metrics": "127.0.0.1:0"}
         config = self.root / "coordinator.yaml"
-        config.write_text(yaml.safe_dump({"listen": ports, "lease": self.lease}))
+        config.write_text(yaml.safe_dump({"listen": ports, "lease": self.lease, "blobs": self.blobs}))
         ready = self.home / "run" / "addresses.json"
         ready.unlink(missing_ok=True)
         with (self.root / "coordinator.log").open("ab") as log:
