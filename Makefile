@@ -47,6 +47,7 @@ bench: $(VENV)/installed-dev
 	$(BIN)/python -m bench.recovery
 	$(BIN)/python -m bench.overhead
 	$(BIN)/python -m bench.churn
+	$(BIN)/python -m bench.checkpoint
 
 clean:
 	rm -rf $(VENV) out build *.egg-info .mypy_cache .ruff_cache .hypothesis
