@@ -12,7 +12,7 @@ import os
 import socket
 import struct
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar, get_type_hints
 
@@ -47,6 +47,7 @@ class Plan:
     release: bool
     checkpoint_before_cut: bool
     timeout_s: float
+    holders: list[int] = field(default_factory=list)  # ranks whose state counts; empty: everybody's
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -187,9 +188,9 @@ def decode(line: bytes) -> Up:
     if kind is None:
         raise ControlError(f"control line has no known type: {line[:80]!r}; known are {', '.join(_UP)}")
     values: dict[str, Any] = {}
-    for field in fields(kind):
-        value = raw.get(field.name)
-        wanted = _HINTS[kind.type][field.name]
+    for part in fields(kind):
+        value = raw.get(part.name)
+        wanted = _HINTS[kind.type][part.name]
         match wanted:
             case _ if wanted is float and isinstance(value, int | float) and not isinstance(value, bool):
                 value = float(value)
@@ -200,8 +201,8 @@ def decode(line: bytes) -> Up:
             case _ if wanted == dict[str, Any] and isinstance(value, dict):
                 pass
             case _:
-                raise ControlError(f"control message {kind.type!r}: field {field.name!r} is {value!r:.80}")
-        values[field.name] = value
+                raise ControlError(f"control message {kind.type!r}: field {part.name!r} is {value!r:.80}")
+        values[part.name] = value
     return kind(**values)
 
 

@@ -274,7 +274,7 @@ class Agent:
     async def _assign(self, assignment: agent_pb2.Assignment) -> None:
         async with self._switching:
             if self._job is not None and self._job.job_id == assignment.job_id:
-                self._job.announce()  # said again when the coordinator wants to hear that we are ready
+                self._job.assigned_again(assignment)
                 return
             await self._drop_job("another job was assigned")
             self._idle = None

@@ -188,6 +188,8 @@ class JobRun:
         self._plan: agent_pb2.Plan | None = None
         self._member: agent_pb2.Member | None = None
         self._leads = False
+        self._backlog = 0  # steps up to this one were made before the generation was formed
+        self._began = 0  # newest generation that did not go on from memory
         self._released = 0  # generation whose plan released us, until the workers are out of the old one
         self._released_told = 0
         self._refusals = 0
@@ -388,7 +390,12 @@ class JobRun:
         slot.formed = message
         slot.formed_s = time.monotonic()
         slot.step, slot.digest = message.step, message.state_digest
+        if slot.worker.slot == min(self._slots):
+            # What we did beyond this, with peers that have been given up, is not part of the job's history.
+            self.ledger.rewind(message.step)
+            self._backlog = message.step
         self._send_formed()
+        self._send_progress_anew()
 
     def _send_formed(self) -> None:
         formed = [slot.formed for slot in self._slots.values() if slot.formed is not None]
@@ -408,6 +415,8 @@ class JobRun:
         )
 
     def _stepped(self, slot: Slot, message: control.Step) -> None:
+        if message.generation < self._began:
+            return  # of a state that was given up meanwhile
         slot.step, slot.digest = message.step, ""
         if slot.worker.slot != min(self._slots):
             return
@@ -521,6 +530,7 @@ class JobRun:
         if self.lobby.pids:  # otherwise it crossed our report of a worker's end, and another plan follows
             self.lobby.offer(plan)
         if plan.from_checkpoint:
+            self._began = plan.generation
             self.ledger.rewind(checkpoint.step if checkpoint is not None else 0)
         self.ledger.acknowledge(plan.committed_step)
         self._send_progress_anew()
@@ -537,6 +547,12 @@ class JobRun:
             source = "fresh" if checkpoint is None else "checkpoint"
         # The others wait while the leader fetches what it lacks.
         forming_s = self.rebuild_timeout_s + (checkpoint.bytes / RESTORE_BYTES_PER_S if checkpoint else 0.0)
+        holders = [
+            rank
+            for m in plan.members
+            if m.holds_state
+            for rank in range(m.first_rank, m.first_rank + m.worker_count)
+        ]
         for index, slot in self._slots.items():
             message = control.Plan(
                 generation=plan.generation,
@@ -555,6 +571,7 @@ class JobRun:
                 checkpoint_before_cut=plan.checkpoint_before_cut,
                 # Less than our own deadline: a healthy worker that waits for a dead peer says so in time.
                 timeout_s=0.8 * forming_s,
+                holders=holders,
             )
             self._cut(slot, plan, message)
             slot.planned = plan.generation
@@ -568,6 +585,10 @@ class JobRun:
 
     def _release(self, plan: agent_pb2.Plan) -> None:
         self._released = plan.generation
+        if plan.members and plan.cut == agent_pb2.CUT_ABORT:
+            # We were given up: what the others do from here on is the job's history, whatever we hold.
+            for slot in self._slots.values():
+                slot.step, slot.digest = None, ""
         for slot in self._slots.values():
             if not slot.planned:
                 continue
@@ -707,7 +728,7 @@ class JobRun:
 
     def _send_progress(self) -> None:
         """One message at a time, so that fast steps travel in batches as large as the answer takes long."""
-        if not self._leads or self._progress is not None or not self._connected():
+        if not self._reports_steps or self._progress is not None or not self._connected():
             return
         progress = self.ledger.batch(self.job_id, self.generation)
         if progress is not None:
@@ -719,10 +740,15 @@ class JobRun:
         self._send_progress()
 
     @property
+    def _reports_steps(self) -> bool:
+        """The leader reports.  But it may have joined only now: then who knows steps from before says so."""
+        return self._leads or 0 < self.ledger.first_step <= self._backlog
+
+    @property
     def _settled(self) -> bool:
         """Whether the steps that only we may report are recorded: an agent that has finished or is released
         is not heard any more.  Steps that are refused again and again do not hold us up for ever."""
-        return not self._leads or not len(self.ledger) or self._refusals >= REFUSALS_ENDURED
+        return not self._reports_steps or not len(self.ledger) or self._refusals >= REFUSALS_ENDURED
 
     def _check_finished(self) -> None:
         whole = len(self._slots) == len(self._settings.environments)
@@ -752,6 +778,11 @@ class JobRun:
         self._released_told = self._finished_told = 0
         self._check_released()
         self._check_finished()
+        self.announce()
+
+    def assigned_again(self, assignment: agent_pb2.Assignment) -> None:
+        """The coordinator wants to hear that we are ready, or has assigned us anew without our noticing."""
+        self._assignment = assignment
         self.announce()
 
     def take_checkpoint(self, generation: int) -> None:
@@ -785,6 +816,7 @@ class JobRun:
                     step=(best.step or 0) if best else 0,
                     holds_state=best is not None,
                     state_digest=best.digest if best else "",
+                    assignment=self._assignment.number,
                 )
             )
 

@@ -25,6 +25,11 @@ class Ledger:
     def __len__(self) -> int:
         return len(self._steps)
 
+    @property
+    def first_step(self) -> int:
+        """The oldest step that is not acknowledged; 0 if there is none."""
+        return self._steps[0].step if self._steps else 0
+
     def add(self, record: agent_pb2.StepRecord) -> None:
         """Append a step; one that is not beyond the last is known already."""
         if record.step > self.last_step:
@@ -59,10 +64,12 @@ class Ledger:
 
     def batch(self, job_id: str, generation: int) -> agent_pb2.Progress | None:
         """The next message, within the wire's bounds; None if there is nothing to say.  The same again
-        until it is acknowledged."""
+        until it is acknowledged.  It ends before a gap: steps that were committed while we were not there."""
         if not self._steps and not self._evaluations:
             return None
-        steps = list(itertools.islice(self._steps, STEPS_A_MESSAGE))
+        expected = itertools.count(self.first_step)
+        oldest = itertools.islice(self._steps, STEPS_A_MESSAGE)
+        steps = [step for step, number in zip(oldest, expected, strict=False) if step.step == number]
         return agent_pb2.Progress(
             job_id=job_id, generation=generation, steps=steps, evaluations=self._evaluations
         )

@@ -452,6 +452,7 @@ def report(message: agent_pb2.AgentMessage, agent_id: AgentId) -> Event:
                     holds_state=ready.holds_state,
                     step=_whole(ready.step, "ready.step"),
                     state_digest=state_digest(ready.state_digest, "ready.state_digest"),
+                    assignment=_whole(ready.assignment, "ready.assignment"),
                 ),
             )
         case "formed":
@@ -541,6 +542,7 @@ def plan(job_id: JobId, generation: Generation, checkpoint_json: str) -> agent_p
                 first_rank=member.first_rank,
                 worker_count=member.worker_count,
                 host=member.host,
+                holds_state=member.agent_id in generation.holders,
             )
             for member in generation.members
         ],
@@ -571,6 +573,7 @@ def push(message: Push, state: State) -> agent_pb2.CoordinatorMessage | None:
                     spec_json=job.spec.spec_json,
                     dataset_json=job.spec.dataset_json,
                     committed_step=job.committed_step,
+                    number=message.number,
                 )
             )
         case PushUnassign():

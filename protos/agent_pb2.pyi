@@ -227,20 +227,22 @@ class Heartbeat(_message.Message):
     def __init__(self, sequence: _Optional[int] = ..., disk_free_bytes: _Optional[int] = ..., step: _Optional[int] = ..., activity: _Optional[str] = ..., tokens_per_s: _Optional[float] = ...) -> None: ...
 
 class Ready(_message.Message):
-    __slots__ = ("job_id", "store_host", "store_port", "step", "holds_state", "state_digest")
+    __slots__ = ("job_id", "store_host", "store_port", "step", "holds_state", "state_digest", "assignment")
     JOB_ID_FIELD_NUMBER: _ClassVar[int]
     STORE_HOST_FIELD_NUMBER: _ClassVar[int]
     STORE_PORT_FIELD_NUMBER: _ClassVar[int]
     STEP_FIELD_NUMBER: _ClassVar[int]
     HOLDS_STATE_FIELD_NUMBER: _ClassVar[int]
     STATE_DIGEST_FIELD_NUMBER: _ClassVar[int]
+    ASSIGNMENT_FIELD_NUMBER: _ClassVar[int]
     job_id: str
     store_host: str
     store_port: int
     step: int
     holds_state: bool
     state_digest: str
-    def __init__(self, job_id: _Optional[str] = ..., store_host: _Optional[str] = ..., store_port: _Optional[int] = ..., step: _Optional[int] = ..., holds_state: _Optional[bool] = ..., state_digest: _Optional[str] = ...) -> None: ...
+    assignment: int
+    def __init__(self, job_id: _Optional[str] = ..., store_host: _Optional[str] = ..., store_port: _Optional[int] = ..., step: _Optional[int] = ..., holds_state: _Optional[bool] = ..., state_digest: _Optional[str] = ..., assignment: _Optional[int] = ...) -> None: ...
 
 class Formed(_message.Message):
     __slots__ = ("job_id", "generation", "step", "state_digest", "healed")
@@ -407,18 +409,20 @@ class ProgressAck(_message.Message):
     def __init__(self, job_id: _Optional[str] = ..., step: _Optional[int] = ...) -> None: ...
 
 class Assignment(_message.Message):
-    __slots__ = ("job_id", "name", "spec_json", "dataset_json", "committed_step")
+    __slots__ = ("job_id", "name", "spec_json", "dataset_json", "committed_step", "number")
     JOB_ID_FIELD_NUMBER: _ClassVar[int]
     NAME_FIELD_NUMBER: _ClassVar[int]
     SPEC_JSON_FIELD_NUMBER: _ClassVar[int]
     DATASET_JSON_FIELD_NUMBER: _ClassVar[int]
     COMMITTED_STEP_FIELD_NUMBER: _ClassVar[int]
+    NUMBER_FIELD_NUMBER: _ClassVar[int]
     job_id: str
     name: str
     spec_json: str
     dataset_json: str
     committed_step: int
-    def __init__(self, job_id: _Optional[str] = ..., name: _Optional[str] = ..., spec_json: _Optional[str] = ..., dataset_json: _Optional[str] = ..., committed_step: _Optional[int] = ...) -> None: ...
+    number: int
+    def __init__(self, job_id: _Optional[str] = ..., name: _Optional[str] = ..., spec_json: _Optional[str] = ..., dataset_json: _Optional[str] = ..., committed_step: _Optional[int] = ..., number: _Optional[int] = ...) -> None: ...
 
 class Unassign(_message.Message):
     __slots__ = ("job_id", "reason")
@@ -429,18 +433,20 @@ class Unassign(_message.Message):
     def __init__(self, job_id: _Optional[str] = ..., reason: _Optional[str] = ...) -> None: ...
 
 class Member(_message.Message):
-    __slots__ = ("agent_id", "group_rank", "first_rank", "worker_count", "host")
+    __slots__ = ("agent_id", "group_rank", "first_rank", "worker_count", "host", "holds_state")
     AGENT_ID_FIELD_NUMBER: _ClassVar[int]
     GROUP_RANK_FIELD_NUMBER: _ClassVar[int]
     FIRST_RANK_FIELD_NUMBER: _ClassVar[int]
     WORKER_COUNT_FIELD_NUMBER: _ClassVar[int]
     HOST_FIELD_NUMBER: _ClassVar[int]
+    HOLDS_STATE_FIELD_NUMBER: _ClassVar[int]
     agent_id: str
     group_rank: int
     first_rank: int
     worker_count: int
     host: str
-    def __init__(self, agent_id: _Optional[str] = ..., group_rank: _Optional[int] = ..., first_rank: _Optional[int] = ..., worker_count: _Optional[int] = ..., host: _Optional[str] = ...) -> None: ...
+    holds_state: bool
+    def __init__(self, agent_id: _Optional[str] = ..., group_rank: _Optional[int] = ..., first_rank: _Optional[int] = ..., worker_count: _Optional[int] = ..., host: _Optional[str] = ..., holds_state: _Optional[bool] = ...) -> None: ...
 
 class Plan(_message.Message):
     __slots__ = ("job_id", "generation", "members", "store_host", "store_port", "cut", "committed_step", "committed_digest", "from_checkpoint", "checkpoint_json", "reason", "checkpoint_before_cut")

@@ -14,7 +14,7 @@ import threading
 import types
 import typing
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -52,6 +52,8 @@ class Plan:
     release: bool
     checkpoint_before_cut: bool
     timeout_s: float
+    holders: list[int] = field(default_factory=list)
+    """Ranks whose state counts, the others heal from one of them; empty: everybody's counts."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -194,7 +196,7 @@ def decode(line: bytes) -> Message:
         raise BadMessage(
             f"control line {line[:120]!r}: expected a JSON object whose type is one of {', '.join(sorted(_TYPES))}"
         ) from error
-    required = {field.name for field in fields(cls)}
+    required = {part.name for part in fields(cls)}
     values = {key: value for key, value in body.items() if key in required}
     for key, value in values.items():
         if not _fits(value, kinds[key]):

@@ -691,9 +691,13 @@ class ElasticGroup:
         claims = [
             Claim.of(rank, row) for rank, row in enumerate(group.exchange(self._claim(group.rank).row()))
         ]
+        # What others hold may be older, or of a generation that was given up.
+        counted = [claim for claim in claims if claim.rank in plan.holders or not plan.holders]
         match plan.source:
             case "memory":
-                chosen = agreement.reference(claims, plan.committed_step, plan.committed_digest)
+                chosen = agreement.reference(
+                    counted, plan.committed_step, plan.committed_digest
+                ) or agreement.reference(claims, plan.committed_step, plan.committed_digest)
             case "fresh":
                 chosen = agreement.reference([claim for claim in claims if claim.step == 0], 0, "")
             case "checkpoint":
@@ -727,11 +731,11 @@ class ElasticGroup:
             if self._last.step:
                 # Should all who voted on this step be gone before they have reported it, we do.
                 self._report(self._last, group)
-            if plan.source == "memory" and agreement.diverged(claims[group.rank], chosen):
-                was = claims[group.rank]
+            mine = claims[group.rank]
+            if plan.source == "memory" and mine in counted and agreement.diverged(mine, chosen):
                 self._fail(
                     "diverged",
-                    f"rank {group.rank} held step {was.step} with digest {was.digest}; its peers hold step "
+                    f"rank {group.rank} held step {mine.step} with digest {mine.digest}; its peers hold step "
                     f"{chosen.step} with digest {chosen.digest}; it was healed from rank {chosen.rank}",
                 )
         formed = control.Formed(

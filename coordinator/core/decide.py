@@ -358,6 +358,11 @@ def _ready(state: State, now_ms: int, agent: Agent, job: Job, event: ReadyReceiv
     readiness = event.readiness
     if agent.session_id is None or agent.presence is Presence.ABSENT:
         return _refuse(Refusal.INVALID, f"agent {agent.agent_id} has no open session")
+    if readiness.assignment not in (0, agent.assignments):
+        return _refuse(
+            Refusal.NOT_A_MEMBER,
+            f"assignment: found {readiness.assignment}, which is over; agent {agent.agent_id} has {agent.assignments}",
+        )
     records: list[Record] = []
     if agent.presence is Presence.LOST:
         until_ms = now_ms + state.timing.lease_ms

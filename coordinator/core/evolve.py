@@ -402,6 +402,7 @@ def _assign(state: State, record: AgentAssigned) -> None:
         state,
         record.agent_id,
         job_id=record.job_id,
+        assignments=state.agents[record.agent_id].assignments + 1,
         last_generation=0,
         failed_generation=0,
         readiness=None,
@@ -576,6 +577,7 @@ def _record_shard(state: State, record: ShardRecorded) -> None:
 
 def _refresh(state: State, record: LeasesRefreshed) -> None:
     until_ms = dict(record.until_ms)
+    state.started_ms = record.at_ms
     for agent_id, agent in state.agents.items():
         state.agents[agent_id] = replace(
             agent,

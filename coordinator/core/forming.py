@@ -76,7 +76,7 @@ def assess(state: State, job: Job) -> Proposal | NotYet:
         return _reform(state, job, generation, alive, Why.RETRY, at_ms, f"collective failed at: {reporters}")
     if not generation.members:
         return NotYet(
-            why=Why.RELEASING, have=0, need=len(generation.leaving), until_ms=generation.deadline_ms
+            why=Why.RELEASING, have=0, need=len(generation.leaving), until_ms=deadline(state, generation)
         )
     if generation.formed_ms is None:
         step = generation.from_checkpoint_step
@@ -88,9 +88,18 @@ def assess(state: State, job: Job) -> Proposal | NotYet:
             why=Why.FORMING,
             have=len(generation.formed),
             need=len(generation.members),
-            until_ms=generation.deadline_ms,
+            until_ms=deadline(state, generation),
         )
     return _cut(state, job, generation, alive)
+
+
+def deadline(state: State, generation: Generation) -> int:
+    """When the newest generation has to be formed.  While the coordinator was away nobody could say that it
+    is: after a start whoever lives comes back within a lease."""
+    if not state.started_ms:
+        return generation.deadline_ms
+    timing = state.timing
+    return max(generation.deadline_ms, state.started_ms + timing.lease_ms + timing.rebuild_timeout_ms)
 
 
 # ------------------------------------------------------------------------- who is there
@@ -199,6 +208,14 @@ def holds_state(state: State, job: Job, agent_id: AgentId) -> bool:
     return job.committed_step <= readiness.step <= job.committed_step + 1
 
 
+def counted_holders(state: State, job: Job, agents: tuple[AgentId, ...]) -> tuple[AgentId, ...]:
+    """Those of `agents` whose state counts.  Who is in the newest generation may be steps ahead of the
+    record: what others say that they hold counts only where nobody of it is left."""
+    inside = job.generation.holders if job.generation is not None else ()
+    counted = tuple(a for a in agents if a in inside)
+    return counted or tuple(a for a in agents if holds_state(state, job, a))
+
+
 # ------------------------------------------------------------------------------ the cases
 
 
@@ -250,15 +267,16 @@ def _reform(
     stopping = job.phase is JobPhase.STOPPING
     there = tuple(a for a in alive if _reachable(state.agents[a]))
     staying = tuple(a for a in there if not state.agents[a].draining)
-    keepers = [a for a in alive if holds_state(state, job, a)]
+    fresh = () if stopping else joiners(state, job)
+    counted = counted_holders(state, job, (*alive, *fresh))
+    keepers = [a for a in alive if a in counted]
     if keepers and not any(a in there for a in keepers):
         # Forming without them would throw away what they hold; they come back or their lease ends.
         return NotYet(why=Why.UNREACHABLE, have=0, need=1)
     # The last ones to leave still form, so that their state reaches a checkpoint.
     need = 1 if stopping or (keepers and not staying) else job.spec.min_nodes
-    fresh = () if stopping else joiners(state, job)
     chosen = (*staying, *fresh)
-    only_leavers_hold = bool(keepers) and not any(holds_state(state, job, a) for a in chosen)
+    only_leavers_hold = bool(keepers) and not any(a in counted for a in chosen)
     if stopping or len(chosen) < need or not chosen or only_leavers_hold:
         chosen = (*there, *fresh)
     if len(chosen) < need or not chosen:
@@ -355,7 +373,9 @@ def _why_cut(job: Job, leavers: tuple[AgentId, ...]) -> Why:
 
 def _holders_first(state: State, job: Job, agents: Iterable[AgentId]) -> tuple[AgentId, ...]:
     """Rule 3: the order is kept, but who holds the state comes before who does not."""
-    return tuple(sorted(agents, key=lambda a: not holds_state(state, job, a)))
+    order = tuple(agents)
+    counted = counted_holders(state, job, order)
+    return tuple(sorted(order, key=lambda a: a not in counted))
 
 
 def _led(state: State, job: Job, generation: Generation, proposal: Proposal) -> Proposal | NotYet:
@@ -366,7 +386,7 @@ def _led(state: State, job: Job, generation: Generation, proposal: Proposal) -> 
     members = proposal.members
     if not members or state.agents[members[0]].readiness is not None:
         return proposal
-    holders = [a for a in members if holds_state(state, job, a)]
+    holders = counted_holders(state, job, members)
     # Nothing is lost by waiting for a planned cut; a broken generation has to be led by someone.
     candidates = (*holders, *members) if proposal.cut is Cut.ABORT else holders
     with_store = [a for a in candidates if state.agents[a].readiness is not None]
@@ -396,7 +416,7 @@ def checkpoint_awaited(state: State, job: Job) -> int | None:
     if not any(serving(state, job, a) for a in (*generation.leaving, *generation.uploading)):
         return None  # nobody is left who could store it
     begun = any(p.step >= job.committed_step for p in job.pending)
-    return generation.deadline_ms + (UPLOAD_MS if begun else 0)
+    return deadline(state, generation) + (UPLOAD_MS if begun else 0)
 
 
 # ------------------------------------------------------------------------------- the plan
@@ -407,7 +427,7 @@ def plan(state: State, job: Job, proposal: Proposal, now_ms: int) -> tuple[Recor
     records: list[Record] = []
     old = job.generation
     members = proposal.members
-    holders = tuple(a for a in members if holds_state(state, job, a))
+    holders = counted_holders(state, job, members)
     released = not members
     newest = newest_good(job)
     from_step: int | None = None

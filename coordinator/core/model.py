@@ -246,6 +246,7 @@ class Readiness:
     holds_state: bool
     step: int
     state_digest: str
+    assignment: int = 0  # which of the agent's assignments it is ready for; 0 is not compared
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -266,6 +267,7 @@ class Agent:
     drain_until_left: bool = False  # its owner asked for the drain: over when this process is gone
     incarnation: str = ""
     job_id: JobId | None = None
+    assignments: int = 0  # how often it was assigned: a Ready of an earlier one is late
     torchrun_job: str = ""
     strikes: int = 0
     last_strike_ms: int = 0
@@ -434,6 +436,7 @@ class Agenda:
 class State:
     timing: Timing
     agenda: Agenda = field(default_factory=Agenda, compare=False, repr=False)
+    started_ms: int = field(default=0, compare=False)  # when this coordinator began; volatile
     tokens: dict[TokenId, Token] = field(default_factory=dict)
     agents: dict[AgentId, Agent] = field(default_factory=dict)
     jobs: dict[JobId, Job] = field(default_factory=dict)
@@ -1124,6 +1127,7 @@ class Decision:
 class PushAssignment:
     agent_id: AgentId
     job_id: JobId
+    number: int = 0  # of the agent's assignments
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -18,6 +18,7 @@ from coordinator.core.model import (
     Evidence,
     GenerationPlanned,
     Job,
+    JobId,
     MemberLost,
     Push,
     PushAssignment,
@@ -39,7 +40,7 @@ def pushes(state: State, record: Record) -> tuple[Push, ...]:
     """What agents with an open session must be told because of `record`, which was evolved."""
     match record:
         case AgentAssigned() if _listens(state, record.agent_id):
-            return (PushAssignment(agent_id=record.agent_id, job_id=record.job_id),)
+            return (_assignment(state, record.agent_id, record.job_id),)
         case AgentUnassigned() if _listens(state, record.agent_id):
             return (PushUnassign(agent_id=record.agent_id, job_id=record.job_id, reason=record.reason),)
         case AgentDraining() if record.draining and _listens(state, record.agent_id):
@@ -50,7 +51,7 @@ def pushes(state: State, record: Record) -> tuple[Push, ...]:
             return resync(state, record.agent_id)
         case MemberLost() if record.evidence is Evidence.NOT_FORMED and _listens(state, record.agent_id):
             # It is to prepare anew, and may not know.
-            return (PushAssignment(agent_id=record.agent_id, job_id=record.job_id),)
+            return (_assignment(state, record.agent_id, record.job_id),)
         case StandingChanged() if record.standing is Standing.BANNED and _listens(state, record.agent_id):
             return (
                 PushGoAway(
@@ -89,7 +90,7 @@ def resync(state: State, agent_id: AgentId) -> tuple[Push, ...]:
             )
         )
     if agent.job_id is not None:
-        told.append(PushAssignment(agent_id=agent_id, job_id=agent.job_id))
+        told.append(_assignment(state, agent_id, agent.job_id))
         plan = _plan_for(state, state.jobs[agent.job_id], agent)
         if plan is not None:
             told.append(plan)
@@ -98,6 +99,10 @@ def resync(state: State, agent_id: AgentId) -> tuple[Push, ...]:
     if agent.job_id is None and agent.idle_reason:
         told.append(PushIdle(agent_id=agent_id, reason=agent.idle_reason, unmet=agent.idle_unmet))
     return tuple(told)
+
+
+def _assignment(state: State, agent_id: AgentId, job_id: JobId) -> PushAssignment:
+    return PushAssignment(agent_id=agent_id, job_id=job_id, number=state.agents[agent_id].assignments)
 
 
 def _listens(state: State, agent_id: AgentId) -> bool:

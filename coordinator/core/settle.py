@@ -177,7 +177,7 @@ def _job_deadline(state: State, job: Job, now_ms: int) -> int | None:
     generation = job.generation
     if generation is not None:
         if _late(state, job, generation):
-            candidates.append(generation.deadline_ms)
+            candidates.append(forming.deadline(state, generation))
         if not generation.members:
             candidates.append(forming.checkpoint_awaited(state, job))
     judged = forming.assess(state, job)
@@ -244,7 +244,7 @@ def _not_formed(state: State, job: Job, now_ms: int) -> tuple[Record, ...]:
     have said so, or nobody, it is the leader whom they could not reach; to blame everyone would throw
     away the state that they hold."""
     generation = job.generation
-    if generation is None or now_ms < generation.deadline_ms:
+    if generation is None or now_ms < forming.deadline(state, generation):
         return ()
     late = _late(state, job, generation)
     members = tuple(m.agent_id for m in generation.members)

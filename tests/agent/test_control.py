@@ -40,7 +40,7 @@ def test_agent_reads_what_the_worker_writes(kind: type[typing.Any]) -> None:
 
 @pytest.mark.parametrize("kind", typing.get_args(control.Down), ids=lambda kind: kind.__name__)
 def test_worker_reads_what_the_agent_writes(kind: type[typing.Any]) -> None:
-    message = example(kind, **LITERALS, checkpoint_step=None)
+    message = example(kind, **LITERALS, checkpoint_step=None, holders=[0, 2])
     read = worker.decode(control.encode(message).rstrip())
     assert dataclasses.asdict(read) == dataclasses.asdict(message)
 

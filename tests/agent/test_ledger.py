@@ -74,3 +74,14 @@ def test_full_ledger_keeps_the_newest() -> None:
     book = filled(ledger.STEPS + 5)
     assert len(book) == ledger.STEPS
     assert batch(book)[0] == 6
+
+
+def test_a_message_ends_before_steps_that_were_committed_while_we_were_not_there() -> None:
+    book = filled(3)
+    book.add(agent_pb2.StepRecord(step=6))
+    assert batch(book) == [1, 2, 3]
+    book.acknowledge(3)
+    assert book.first_step == 6
+    assert batch(book) == [6]
+    book.acknowledge(6)
+    assert book.first_step == 0

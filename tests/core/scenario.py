@@ -9,7 +9,8 @@ One line is one command.  Agents, and jobs, have one-word names that are also th
     agent a,b joins workers 2               enrol if new, then open a session as a new process
     agent a reconnects held tiny 3          open a session as the same process
     agent a closes | beats | freezes | thaws | goodbye | leaving
-    agent a ready holds 7 abcd              Ready, perhaps with state of a step (and digest)
+    agent a ready holds 7 abcd of 1         Ready, perhaps with state of a step (and digest), and for which
+                                            of its assignments
     agent a formed | released | finished | steps 1 5 | fails killed | shard 5 0/2
                                             all but `shard` take `in G` for another generation
     operator pause | resume | stop | cancel | checkpoint | scale 1 2 [tiny]
@@ -277,6 +278,9 @@ class Scenario:
         match verb:
             case "ready":
                 self.count += 1
+                assignment = 0
+                if "of" in rest:
+                    assignment, rest = int(rest[-1]), rest[:-2]
                 holds = "holds" in rest
                 readiness = Readiness(
                     job_id=job.job_id,
@@ -285,6 +289,7 @@ class Scenario:
                     holds_state=holds,
                     step=int(rest[1]) if holds else 0,
                     state_digest=rest[2] if len(rest) > 2 else "",
+                    assignment=assignment,
                 )
                 return ReadyReceived(agent_id=name, readiness=readiness)
             case "formed":
@@ -450,6 +455,7 @@ def _facets(generation: Generation) -> list[str]:
     if generation.checkpoint_before_cut:
         facets.append("checkpoint_before_cut")
     facets.append(f"leaving={_text(generation.leaving)}")
+    facets.append(f"holders={_text(generation.holders)}")
     facets.append(f"ranks={','.join(str(m.first_rank) for m in generation.members)}")
     return facets
 

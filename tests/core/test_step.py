@@ -103,7 +103,7 @@ def test_an_agent_that_comes_is_told_everything_once() -> None:
     for line in ("job tiny min 1 max 3", "agent a joins"):
         scenario.say(line)
     told = [push for push in scenario.pushes if push.agent_id == "a"]
-    assert told == [PushAssignment(agent_id=AgentId("a"), job_id=scenario.job().job_id)]
+    assert told == [PushAssignment(agent_id=AgentId("a"), job_id=scenario.job().job_id, number=1)]
     assert tuple(told) == resync(scenario.state, AgentId("a"))
 
 

@@ -25,7 +25,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--seeds", type=int, default=100, help="run so many seeds")
     parser.add_argument("--first", type=int, default=0, help="the first of them")
     parser.add_argument("--agents", type=int, help="machines at the start (default: 2 to 8, by the seed)")
-    parser.add_argument("--minutes", type=float, help="how long faults happen (default: 0.5 to 2, by the seed)")
+    parser.add_argument(
+        "--minutes", type=float, help="how long faults happen (default: 0.5 to 2, by the seed)"
+    )
     parser.add_argument("--only", help="only these of the seed's faults, by number: 3,7,12 ('' for none)")
     parser.add_argument("--trace", action="store_true", help="print everything that happens")
     parser.add_argument("--shrink", action="store_true", help="look for few faults that fail still")
@@ -105,7 +107,10 @@ def _run(task: tuple[int, int | None, float | None]) -> Result:
 
 
 def _results(options: argparse.Namespace) -> Iterator[Result]:
-    tasks = [(seed, options.agents, options.minutes) for seed in range(options.first, options.first + options.seeds)]
+    tasks = [
+        (seed, options.agents, options.minutes)
+        for seed in range(options.first, options.first + options.seeds)
+    ]
     if options.processes <= 1:
         yield from map(_run, tasks)
         return
@@ -134,7 +139,9 @@ def _many(options: argparse.Namespace) -> int:
         )
     print("faults: " + ", ".join(f"{kind} {count}" for kind, count in sorted(totals.injected.items())))
     print("refusals: " + ", ".join(f"{kind} {count}" for kind, count in sorted(totals.refusals.items())))
-    kinds = Counter("".join(c for c in result.problem or "" if not c.isdigit())[:100] for result in totals.failed)
+    kinds = Counter(
+        "".join(c for c in result.problem or "" if not c.isdigit())[:100] for result in totals.failed
+    )
     for kind, count in kinds.most_common():
         print(f"{count} x {kind}")
     for result in totals.failed[:SHOWN_FAILURES]:

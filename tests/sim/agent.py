@@ -144,7 +144,7 @@ class Process:
         self._give_up: Timer | None = None
         self._connecting = False
         self._switching = False
-        self._to_switch: list[JobId | None] = []
+        self._to_switch: list[tuple[JobId | None, int]] = []
         self._deferred: list[tuple[Any, tuple[Any, ...]]] = []
 
     # ------------------------------------------------------------------------- living
@@ -245,7 +245,9 @@ class Process:
     def _retry(self) -> None:
         self._connecting = False
         self.timer(self.world.jittered(self._delay_ms), self.connect)
-        self._delay_ms = min(self._delay_ms * 2, max(1_000, min(LONGEST_DELAY_MS, self.fleet.timing.lease_ms // 4)))
+        self._delay_ms = min(
+            self._delay_ms * 2, max(1_000, min(LONGEST_DELAY_MS, self.fleet.timing.lease_ms // 4))
+        )
 
     def _break(self, session: Session) -> None:
         session.agent_gone(silent=False)
@@ -279,7 +281,9 @@ class Process:
         job = self.job
         mark = self._sent
         session.up(
-            Beat(step=job.step if job is not None else 0, activity="idle" if job is None else "busy", mark=mark)
+            Beat(
+                step=job.step if job is not None else 0, activity="idle" if job is None else "busy", mark=mark
+            )
         )
         self.timer(self.fleet.timing.heartbeat_ms, self._beat, session)
 
@@ -305,7 +309,7 @@ class Process:
                     job.take_checkpoint(message.generation)
             case PushAssignment():
                 if not self.leaving:
-                    self._switch(message.job_id)
+                    self._switch(message.job_id, message.number)
             case PushUnassign():
                 if job is not None and job.job_id == message.job_id:
                     self._unassigned()
@@ -373,27 +377,28 @@ class Process:
 
     # ------------------------------------------------------------------------- the job
 
-    def _switch(self, job_id: JobId | None) -> None:
+    def _switch(self, job_id: JobId | None, number: int = 0) -> None:
         """Assignments and the end of one are carried out one after another."""
-        self._to_switch.append(job_id)
+        self._to_switch.append((job_id, number))
         if not self._switching:
             self._next_switch()
 
     def _next_switch(self) -> None:
         self._switching = False
         while self._to_switch:
-            job_id = self._to_switch.pop(0)
+            job_id, number = self._to_switch.pop(0)
             if job_id is not None and self.job is not None and self.job.job_id == job_id:
+                self.job.assignment = number
                 self.job.announce()
             elif self.job is not None:
                 if job_id is not None:
-                    self._to_switch.insert(0, job_id)
+                    self._to_switch.insert(0, (job_id, number))
                 self._switching = True
                 self.job.stopping = True
                 self.timer(self.world.between(1, 200), self._stopped)
                 return
             elif job_id is not None:
-                self.job = JobRun(self, self.fleet.trainings[job_id])
+                self.job = JobRun(self, self.fleet.trainings[job_id], number)
                 self.job.start()
 
     def _stopped(self) -> None:
@@ -508,7 +513,7 @@ class Evidence:
 class JobRun:
     """agent/job.py: serves one assignment."""
 
-    def __init__(self, process: Process, training: Training) -> None:
+    def __init__(self, process: Process, training: Training, assignment: int) -> None:
         self.process = process
         self.world = process.world
         self.fleet = process.fleet
@@ -520,8 +525,11 @@ class JobRun:
         self.ledger = Ledger()
         self.slots: dict[int, Slot] = {}
         self.stopping = False
+        self.assignment = assignment
         self.readied = False  # has it ever said so?
         self._leads = False
+        self._backlog = 0
+        self._began = 0
         self._released = 0
         self._released_told = 0
         self._refusals = 0
@@ -632,7 +640,9 @@ class JobRun:
                 raise AssertionError(f"a worker said {message}")
 
     def _check_warm(self) -> None:
-        if len(self.slots) == self.process.machine.worker_count and all(s.worker.warm for s in self.slots.values()):
+        if len(self.slots) == self.process.machine.worker_count and all(
+            s.worker.warm for s in self.slots.values()
+        ):
             self._warm = True
             self.announce()  # next_rendezvous
 
@@ -641,11 +651,17 @@ class JobRun:
         slot.formed = message
         slot.formed_ms = self.world.now_ms
         slot.step, slot.digest = message.step, message.state_digest
+        if slot.worker.slot == min(self.slots):
+            self.ledger.rewind(message.step)
+            self._backlog = message.step
         self._send_formed()
+        self._send_progress_anew()
 
     def _send_formed(self) -> None:
         formed = [slot.formed for slot in self.slots.values() if slot.formed is not None]
-        if len(formed) < self.process.machine.worker_count or any(f.generation != self.generation for f in formed):
+        if len(formed) < self.process.machine.worker_count or any(
+            f.generation != self.generation for f in formed
+        ):
             return
         self._cancel_deadline()
         step, digest = formed[0].step, formed[0].state_digest
@@ -662,6 +678,8 @@ class JobRun:
         )
 
     def _stepped(self, slot: Slot, message: control.Step) -> None:
+        if message.generation < self._began:
+            return
         slot.step, slot.digest = message.step, ""
         if slot.worker.slot != min(self.slots):
             return
@@ -713,7 +731,12 @@ class JobRun:
         """The watch will find it.  `answers`: its listener lives, but it computes for ever."""
         step_ms = self.training.spec.step_timeout_ms
         patience_ms = step_ms if answers else min(step_ms, PONG_TIMEOUT_MS)
-        self._after(patience_ms + self.world.between(0, max(1, patience_ms // 4)), self._wedged, worker, self.world.now_ms)
+        self._after(
+            patience_ms + self.world.between(0, max(1, patience_ms // 4)),
+            self._wedged,
+            worker,
+            self.world.now_ms,
+        )
 
     def _wedged(self, worker: Worker, since_ms: int) -> None:
         if worker.alive and worker.frozen and worker.warm:
@@ -743,11 +766,9 @@ class JobRun:
         if self._warm and self._leads:
             self._take_store(plan)
         if plan.from_checkpoint_step is not None or plan.fresh:
-            step = plan.from_checkpoint_step or 0
-            self.ledger.rewind(step)
-            self.ledger.acknowledge(step)
-        else:
-            self.ledger.acknowledge(plan.committed_step)
+            self._began = plan.number
+            self.ledger.rewind(plan.from_checkpoint_step or 0)
+        self.ledger.acknowledge(plan.committed_step)
         self._send_progress_anew()
 
     def _take_store(self, plan: Generation) -> None:
@@ -784,6 +805,12 @@ class JobRun:
             release=release,
             checkpoint_before_cut=plan.checkpoint_before_cut,
             timeout_s=0.8 * self.rebuild_timeout_ms / 1000,
+            holders=[
+                rank
+                for m in plan.members
+                if m.agent_id in plan.holders
+                for rank in range(m.first_rank, m.first_rank + m.worker_count)
+            ],
         )
 
     def _hand_out(self, plan: Generation, rank: int) -> None:
@@ -800,6 +827,9 @@ class JobRun:
 
     def _release(self, plan: Generation) -> None:
         self._released = plan.number
+        if plan.members and plan.cut is Cut.ABORT:
+            for slot in self.slots.values():
+                slot.step, slot.digest = None, ""
         for slot in self.slots.values():
             if slot.planned:
                 self._cut(slot, plan, self._worker_plan(plan, 0, release=True))
@@ -832,7 +862,13 @@ class JobRun:
             if machine.cut_up or machine.cut_down or not coordinator.listens:
                 later_ms = min(2 * delay_ms, LONGEST_RESTART_MS)
                 self._after(
-                    self.world.jittered(delay_ms), self._restore, plan, rank, checkpoint_json, number, later_ms
+                    self.world.jittered(delay_ms),
+                    self._restore,
+                    plan,
+                    rank,
+                    checkpoint_json,
+                    number,
+                    later_ms,
                 )
                 return
             lost = [d for d in missing if d in coordinator.damaged or d not in coordinator.blobs]
@@ -866,7 +902,9 @@ class JobRun:
 
     # ------------------------------------------------------------------------- telling the coordinator
 
-    def _report(self, kind: FailureKind, detail: str, *, generation: int | None = None, step: int = 0) -> None:
+    def _report(
+        self, kind: FailureKind, detail: str, *, generation: int | None = None, step: int = 0
+    ) -> None:
         event = WorkerFailedReceived(
             agent_id=self.process.agent_id,
             job_id=self.job_id,
@@ -910,7 +948,7 @@ class JobRun:
         self._after(PROGRESS_RETRY_MS, again)
 
     def _send_progress(self) -> None:
-        if not self._leads or self._progress is not None or not self.process.connected:
+        if not self._reports_steps or self._progress is not None or not self.process.connected:
             return
         progress = self.ledger.batch(self.job_id, self.generation)
         if progress is not None:
@@ -921,8 +959,12 @@ class JobRun:
         self._send_progress()
 
     @property
+    def _reports_steps(self) -> bool:
+        return self._leads or 0 < self.ledger.first_step <= self._backlog
+
+    @property
     def _settled(self) -> bool:
-        return not self._leads or not len(self.ledger) or self._refusals >= REFUSALS_ENDURED
+        return not self._reports_steps or not len(self.ledger) or self._refusals >= REFUSALS_ENDURED
 
     def _check_finished(self) -> None:
         whole = len(self.slots) == self.process.machine.worker_count
@@ -988,6 +1030,7 @@ class JobRun:
                 step=(best.step or 0) if best else 0,
                 holds_state=best is not None,
                 state_digest=best.digest if best else "",
+                assignment=self.assignment,
             )
             if self.process.lies_ready:
                 readiness = replace(readiness, holds_state=True, step=readiness.step + 5, state_digest=LIE)

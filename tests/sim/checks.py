@@ -18,6 +18,7 @@ from coordinator.core.model import (
     VOLATILE_OF_JOB,
     Agent,
     AgentId,
+    AgentUnassigned,
     CoordinatorStarted,
     Cut,
     Event,
@@ -83,7 +84,9 @@ class Checks:
         self._now_ms = now_ms
         self.decisions += 1
         if isinstance(outcome.reply, Refused):
-            mine = [r for r in outcome.records if getattr(r, "agent_id", None) == getattr(event, "agent_id", "")]
+            mine = [
+                r for r in outcome.records if getattr(r, "agent_id", None) == getattr(event, "agent_id", "")
+            ]
             require(not mine or not isinstance(event, FormedReceived), f"{event} was refused and counted")
         if lines:
             self._replay(state, outcome.records, lines)
@@ -91,7 +94,9 @@ class Checks:
         require(deadline is None or deadline > now_ms, f"woken at {deadline}, but it is {now_ms}")
         for push in outcome.pushes:
             if isinstance(push, PushPlan):
-                self._check_push(state, push)
+                self._check_push(
+                    state, push, [r.agent_id for r in outcome.records if isinstance(r, AgentUnassigned)]
+                )
         if lines or isinstance(event, CoordinatorStarted):
             if self._thorough:
                 check_state(state, now_ms)
@@ -99,7 +104,10 @@ class Checks:
         if self.decisions % LOOK_AT_ALL_EVERY == 0:
             check_state(state, now_ms)
             self._look_at_everything(state, now_ms, deadline)
-            require(encode_state(state) == encode_state(self._shadow), "the journal, replayed, gives another state")
+            require(
+                encode_state(state) == encode_state(self._shadow),
+                "the journal, replayed, gives another state",
+            )
 
     def _replay(self, state: State, records: tuple[Record, ...], lines: list[str]) -> None:
         """The journal gives the same: for everything that these records are about."""
@@ -118,23 +126,35 @@ class Checks:
         durable = [r for r in records if type(r).__name__ in self.records]
         require(len(durable) >= len(lines), "records were lost on their way to the journal")
         for agent_id in agents:
-            same = _DURABLE_OF_AGENT(state.agents[agent_id]) == _DURABLE_OF_AGENT(self._shadow.agents[agent_id])
+            same = _DURABLE_OF_AGENT(state.agents[agent_id]) == _DURABLE_OF_AGENT(
+                self._shadow.agents[agent_id]
+            )
             require(same, f"the journal, replayed, gives another agent {agent_id}")
         for job_id in jobs:
             same = _DURABLE_OF_JOB(state.jobs[job_id]) == _DURABLE_OF_JOB(self._shadow.jobs[job_id])
             require(same, f"the journal, replayed, gives another job {job_id}")
 
-    def _check_push(self, state: State, push: PushPlan) -> None:
+    def _check_push(self, state: State, push: PushPlan, unassigned: list[AgentId]) -> None:
         agent, generation = state.agents[push.agent_id], push.generation
-        require(agent.job_id == push.job_id, f"{push.agent_id} is told a plan of a job that it does not serve")
+        if agent.agent_id in unassigned:  # it is told so right after
+            return
+        require(
+            agent.job_id == push.job_id, f"{push.agent_id} is told a plan of a job that it does not serve"
+        )
         require(agent.last_generation > 0, f"{push.agent_id} stands by and is told a plan")
         if generation.from_checkpoint_step is not None and generation.formed_ms is None:
-            require(push.checkpoint_json, f"generation {generation.number} begins from a checkpoint that is gone")
+            require(
+                push.checkpoint_json, f"generation {generation.number} begins from a checkpoint that is gone"
+            )
 
     def _look_at_everything(self, state: State, now_ms: int, deadline: int | None) -> None:
         """The agenda is only a cache: with everything on it, nothing else is found."""
         afresh = State(
-            timing=state.timing, tokens=dict(state.tokens), agents=dict(state.agents), jobs=dict(state.jobs)
+            timing=state.timing,
+            tokens=dict(state.tokens),
+            agents=dict(state.agents),
+            jobs=dict(state.jobs),
+            started_ms=state.started_ms,
         )
         look_at_everything(afresh)
         found = settle(afresh, now_ms)
@@ -153,11 +173,15 @@ class Checks:
                     self._check_plan(coordinator, record)
                 case StepsCommitted(job_id=job_id):
                     before = self._step.get(job_id, 0)
-                    require(record.first_step == before + 1, f"step {record.first_step} follows step {before}")
+                    require(
+                        record.first_step == before + 1, f"step {record.first_step} follows step {before}"
+                    )
                     require(record.last_step >= record.first_step, "no step was committed")
                     self._step[job_id] = record.last_step
                     log = coordinator.step_log.get(job_id, {})
-                    require(record.last_step in log, f"step {record.last_step} is committed and not in the log")
+                    require(
+                        record.last_step in log, f"step {record.last_step} is committed and not in the log"
+                    )
                 case MemberFormed(job_id=job_id):
                     require(record.generation == self._generation[job_id], "a stale generation was formed")
                 case ManifestCommitted():
@@ -171,7 +195,13 @@ class Checks:
 
     @staticmethod
     def _is_told(record: Record) -> bool:
-        return type(record).__name__ not in ("LeaseRenewed", "AgentReadied", "WaitChanged", "AgentIdled", "LeasesRefreshed")
+        return type(record).__name__ not in (
+            "LeaseRenewed",
+            "AgentReadied",
+            "WaitChanged",
+            "AgentIdled",
+            "LeasesRefreshed",
+        )
 
     def _check_plan(self, coordinator: Coordinator, record: GenerationPlanned) -> None:
         job_id, generation = record.job_id, record.generation
@@ -179,7 +209,9 @@ class Checks:
         require(generation.number == number, f"generation {generation.number} is planned after {number - 1}")
         self._generation[job_id] = number
         step = self._step.get(job_id, 0)
-        require(generation.committed_step == step, f"a plan says step {generation.committed_step}; it is {step}")
+        require(
+            generation.committed_step == step, f"a plan says step {generation.committed_step}; it is {step}"
+        )
         members = [m.agent_id for m in generation.members]
         require(len(set(members)) == len(members), "an agent is twice in one generation")
         place = 0
@@ -207,14 +239,19 @@ class Checks:
         job_id, checkpoint = record.job_id, record.checkpoint
         require(checkpoint.committed_ms >= self._manifest_ms.get(job_id, 0), "manifests went back in time")
         self._manifest_ms[job_id] = checkpoint.committed_ms
-        require(checkpoint.step <= self._step.get(job_id, 0), f"checkpoint {checkpoint.step} is of the future")
+        require(
+            checkpoint.step <= self._step.get(job_id, 0), f"checkpoint {checkpoint.step} is of the future"
+        )
         manifest = json.loads(checkpoint.manifest_json)
         shards = manifest["shards"]
         require([s["index"] for s in shards] == list(range(len(shards))), "a manifest lacks shards")
         for shard in shards:
             require(shard["digest"] in coordinator.blobs, f"shard {shard['index']} is named and not stored")
             right = shard_digest(job_id, checkpoint.state_digest, shard["index"], len(shards))
-            require(shard["digest"] == right, f"shard {shard['index']} of checkpoint {checkpoint.step} is of another state")
+            require(
+                shard["digest"] == right,
+                f"shard {shard['index']} of checkpoint {checkpoint.step} is of another state",
+            )
         honest = self.fleet.truth.is_honest(job_id, checkpoint.state_digest, checkpoint.step)
         require(honest, f"checkpoint {checkpoint.step} holds a state of another step")
 
@@ -228,7 +265,9 @@ class Checks:
         right = self.fleet.truth.data(row.step, training.slices)
         require(row.data_digest == right, f"step {row.step} was committed with other data")
         vote = self.fleet.truth.of_row(row.loss)
-        require((vote.job_id, vote.step) == (job_id, row.step), f"step {row.step} is recorded with another's vote")
+        require(
+            (vote.job_id, vote.step) == (job_id, row.step), f"step {row.step} is recorded with another's vote"
+        )
         require(vote.completed, f"step {row.step} is recorded, but its vote completed nowhere")
         if row.step > 1 and job_id not in self.fleet.truth.tainted:
             self._check_descent(log, row)
@@ -285,9 +324,9 @@ class Checks:
 
     def finish(self, state: State) -> None:
         """At the end of a run."""
-        require(encode_state(state) == encode_state(self._shadow), "the journal, replayed, gives another state")
+        require(
+            encode_state(state) == encode_state(self._shadow), "the journal, replayed, gives another state"
+        )
         for agent in state.agents.values():
             if agent.standing is not Standing.ELIGIBLE or agent.presence is Presence.ABSENT:
                 require(agent.job_id is None, f"{agent.agent_id} may not train and serves")
-
-

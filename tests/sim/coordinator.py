@@ -189,13 +189,15 @@ class Coordinator:
         if self.frozen:
             self.world.tell("coordinator goes on")
             self.frozen = False
-            if self.world.chance(0.5):  # what waits at its sockets is read only after this
+            if not self._queue:  # what waits at its sockets is read only after this
                 self._queue.appendleft(Ticket(None, Tick(), None, ()))
             self._turn()
 
     # ------------------------------------------------------------------------- deciding
 
-    def submit(self, event: Event, *, released: Released | None = None, rows: tuple[StepRow, ...] = ()) -> None:
+    def submit(
+        self, event: Event, *, released: Released | None = None, rows: tuple[StepRow, ...] = ()
+    ) -> None:
         """Have `event` decided; `released` is called when what came of it is durable.  Lost if it is down."""
         if not self.up:
             return
@@ -419,4 +421,3 @@ class Coordinator:
             self._answered(session, event, reply)
 
         self.submit(event or Tick(), released=acknowledge, rows=rows)
-

@@ -86,10 +86,14 @@ class Fault:
     ms: int
 
     def __str__(self) -> str:
-        return f"#{self.number} at {self.at_ms / 1000:.3f} s: {self.kind.value} {self.target} for {self.ms} ms"
+        return (
+            f"#{self.number} at {self.at_ms / 1000:.3f} s: {self.kind.value} {self.target} for {self.ms} ms"
+        )
 
 
-def make_faults(seed: int, *, agents: int, until_ms: int, gap_ms: int, lease_ms: int, burst: int) -> list[Fault]:
+def make_faults(
+    seed: int, *, agents: int, until_ms: int, gap_ms: int, lease_ms: int, burst: int
+) -> list[Fault]:
     """The faults of a seed: in clusters, since the second blow is the one that hurts."""
     chance = random.Random(f"faults of {seed}")
     kinds, weights = list(WEIGHTS), list(WEIGHTS.values())

@@ -139,7 +139,11 @@ class Fleet:
     """One run.  `crowded`: reports of steps do not queue in control sockets, and commits take no time."""
 
     def __init__(
-        self, seed: int, settings: Settings, faults: Sequence[Fault], show: Callable[[str], None] | None = None
+        self,
+        seed: int,
+        settings: Settings,
+        faults: Sequence[Fault],
+        show: Callable[[str], None] | None = None,
     ) -> None:
         self.settings = settings
         self.crowded = settings.agents >= CROWD
@@ -171,9 +175,7 @@ class Fleet:
     def run(self) -> None:
         """Raise Violation, or another AssertionError, if something is wrong."""
         self.coordinator.start()
-        self.command(
-            TokenAsked(token_id=TOKEN, secret_sha256="s", note="", expires_ms=10**15, uses=10**9)
-        )
+        self.command(TokenAsked(token_id=TOKEN, secret_sha256="s", note="", expires_ms=10**15, uses=10**9))
         for training in self.trainings.values():
             self.truth.begin(training)
             self.command(JobSubmitted(job_id=JobId(training.job_id), spec=training.spec))
@@ -337,7 +339,14 @@ class Fleet:
                 process.drain("SIGTERM")
             case Kind.DRAIN | Kind.QUARANTINE | Kind.BAN:
                 return self._command_agent(machine, kind, ms)
-            case Kind.PAUSE | Kind.RESUME | Kind.SCALE | Kind.TAKE_CHECKPOINT | Kind.KILL_ALL | Kind.DAMAGE_CHECKPOINT:
+            case (
+                Kind.PAUSE
+                | Kind.RESUME
+                | Kind.SCALE
+                | Kind.TAKE_CHECKPOINT
+                | Kind.KILL_ALL
+                | Kind.DAMAGE_CHECKPOINT
+            ):
                 return self._to_job(fault)
             case _:
                 return self._to_coordinator(kind, ms)
@@ -432,8 +441,10 @@ class Fleet:
         holders = [
             m
             for m in self.machines
-            if m.process is not None and m.process.job is not None
-            and m.process.job.job_id == process.job.job_id and self._holds(m.process, 0)
+            if m.process is not None
+            and m.process.job is not None
+            and m.process.job.job_id == process.job.job_id
+            and self._holds(m.process, 0)
         ]
         worker = self._worker(process, 0)
         if worker is None or not worker.holds or len(holders) < 4:
@@ -449,7 +460,11 @@ class Fleet:
     def _command_agent(self, machine: Machine, kind: Kind, ms: int) -> bool:
         if machine.agent_id is None:
             return False
-        action = {Kind.DRAIN: AgentAction.DRAIN, Kind.QUARANTINE: AgentAction.QUARANTINE, Kind.BAN: AgentAction.BAN}[kind]
+        action = {
+            Kind.DRAIN: AgentAction.DRAIN,
+            Kind.QUARANTINE: AgentAction.QUARANTINE,
+            Kind.BAN: AgentAction.BAN,
+        }[kind]
         until_ms = self.coordinator.state.agents[machine.agent_id].lease_until_ms + ms if ms % 3 else None
         self.command(
             AgentCommanded(
@@ -460,7 +475,9 @@ class Fleet:
             )
         )
         if kind is not Kind.BAN and until_ms is not None:
-            release = AgentCommanded(agent_id=machine.agent_id, action=AgentAction.RELEASE, reason="", until_ms=None)
+            release = AgentCommanded(
+                agent_id=machine.agent_id, action=AgentAction.RELEASE, reason="", until_ms=None
+            )
             self.world.after(4 * ms, self.command, release)
         return True
 
@@ -470,7 +487,9 @@ class Fleet:
         match fault.kind:
             case Kind.PAUSE:
                 self.command(JobCommanded(job_id=job_id, action=JobAction.PAUSE))
-                self.world.after(2 * fault.ms, self.command, JobCommanded(job_id=job_id, action=JobAction.RESUME))
+                self.world.after(
+                    2 * fault.ms, self.command, JobCommanded(job_id=job_id, action=JobAction.RESUME)
+                )
             case Kind.RESUME:
                 self.command(JobCommanded(job_id=job_id, action=JobAction.RESUME))
             case Kind.SCALE:
@@ -570,7 +589,9 @@ class Fleet:
                 and agent.readiness.holds_state
                 and self._holds(process, step)
             ):
-                raise Violation(f"step {step} of {job_id} was given up, but {process.name} holds it and is there")
+                raise Violation(
+                    f"step {step} of {job_id} was given up, but {process.name} holds it and is there"
+                )
 
     def _holds(self, process: Process, step: int) -> bool:
         assert process.job is not None
@@ -612,7 +633,9 @@ class Fleet:
         for agent in list(self.coordinator.state.agents.values()):
             if agent.standing is not Standing.BANNED:
                 self.command(
-                    AgentCommanded(agent_id=agent.agent_id, action=AgentAction.RELEASE, reason="", until_ms=None)
+                    AgentCommanded(
+                        agent_id=agent.agent_id, action=AgentAction.RELEASE, reason="", until_ms=None
+                    )
                 )
         for job_id, training in self.trainings.items():
             spec = training.spec
@@ -656,7 +679,9 @@ class Fleet:
                     limit_ms = max(limit_ms, self.world.now_ms + self.bound_ms(self.trainings[job_id]))
                 elif job.phase is JobPhase.STOPPING and job_id not in resumed:
                     limit_ms = max(limit_ms, self.world.now_ms + self.bound_ms(self.trainings[job_id]))
-                if job.phase in ENDED or (job.committed_step >= waiting[job_id] and job.phase is JobPhase.RUNNING):
+                if job.phase in ENDED or (
+                    job.committed_step >= waiting[job_id] and job.phase is JobPhase.RUNNING
+                ):
                     del waiting[job_id]
                     self.recovery_ms.append(self.world.now_ms - since_ms)
         for job_id, step in waiting.items():
@@ -686,7 +711,9 @@ class Fleet:
             live = [job_id for job_id in live if state.jobs[job_id].phase not in ENDED]
         for job_id in live:
             job = state.jobs[job_id]
-            raise Violation(f"{job_id} does not end: {job.phase.value} at step {job.committed_step}; {why(state, job_id)}")
+            raise Violation(
+                f"{job_id} does not end: {job.phase.value} at step {job.committed_step}; {why(state, job_id)}"
+            )
         for job_id in self.trainings:
             job = state.jobs[job_id]
             if job.phase is JobPhase.COMPLETED:

@@ -7,7 +7,9 @@ from collections.abc import Callable, Sequence
 from tests.sim.faults import Fault
 
 
-def shrink(faults: Sequence[Fault], fails: Callable[[list[Fault]], bool], most_runs: int = 300) -> list[Fault]:
+def shrink(
+    faults: Sequence[Fault], fails: Callable[[list[Fault]], bool], most_runs: int = 300
+) -> list[Fault]:
     """A sublist for which `fails` is true and from which no tested part could be left out."""
     kept, parts, runs = list(faults), 2, 0
     while kept and runs < most_runs:

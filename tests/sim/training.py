@@ -13,6 +13,7 @@ import json
 from typing import TYPE_CHECKING
 
 from agent import control
+from tests.sim.violation import require
 from tests.sim.world import Timer
 from trainer import agreement
 from trainer.agreement import NO_OUTCOME, Claim, Outcome, Standing
@@ -70,6 +71,7 @@ class Worker:
         self.digest = ""
         self.last = NO_OUTCOME
         self.pending = 0
+        self.pending_in = 0
         self.pending_world = 0
         # membership
         self.plan: control.Plan | None = None
@@ -190,6 +192,9 @@ class Worker:
 
     def _carry_out(self, plan: control.Plan) -> None:
         if plan.release:
+            self.pending = 0
+            if plan.cut == "abort" and plan.group_world_size:
+                self.holds = False
             self.tell(control.Released(generation=plan.generation))
             self.rest()
         elif self.newer_plan() or self.aborted >= plan.generation:
@@ -245,7 +250,13 @@ class Worker:
 
     def standing(self) -> Standing:
         return Standing(
-            holds=self.holds, step=self.step, pending=self.pending, identity=1, broken=False, last=self.last
+            holds=self.holds,
+            step=self.step,
+            pending=self.pending,
+            pending_in=self.pending_in,
+            identity=1,
+            broken=False,
+            last=self.last,
         )
 
     def claim(self, rank: int) -> Claim:
@@ -257,13 +268,17 @@ class Worker:
         """Apply the gradients in hand if somebody's vote on them is known to have completed."""
         if not agreement.must_apply(everyone[rank], everyone, plan.committed_step):
             return
-        outcome = agreement.outcome_of(self.pending, everyone)
+        outcome = agreement.outcome_of(everyone[rank], everyone)
         world_size = self.pending_world
         step = self.pending
         self.apply(step, world_size, outcome or NO_OUTCOME)
         self.fleet.truth.caught_up(self.training, self, step)
         if outcome is not None:
             self.report(outcome, plan.generation)
+
+    def keep_gradients(self, step: int, group: Group) -> None:
+        """They are complete, and the vote on them is not."""
+        self.pending, self.pending_in, self.pending_world = step, group.generation, group.world_size
 
     def apply(self, step: int, world_size: int, outcome: Outcome) -> None:
         self.digest = digest_after(self.digest, step, world_size)
@@ -426,9 +441,15 @@ class Group:
     def _agree(self, ranks: list[int]) -> Claim | None:
         claims = [worker.claim(rank) for rank, worker in self.workers.items()]
         plan = self.plans[0]
+        require(
+            all(p.holders == plan.holders for p in self.plans.values()), "members are told of other holders"
+        )
+        counted = [claim for claim in claims if claim.rank in plan.holders or not plan.holders]
         match plan.source:
             case "memory":
-                chosen = agreement.reference(claims, plan.committed_step, plan.committed_digest)
+                chosen = agreement.reference(
+                    counted, plan.committed_step, plan.committed_digest
+                ) or agreement.reference(claims, plan.committed_step, plan.committed_digest)
             case "fresh":
                 chosen = agreement.reference([c for c in claims if c.step == 0], 0, "")
             case _:
@@ -441,17 +462,26 @@ class Group:
         source = self.workers[chosen.rank]
         actual, corrupt = (source.step, source.digest), source.corrupt
         self.fleet.truth.agreed(self.training, self, chosen)
+        lasts = [source.last, *(worker.last for worker in self.workers.values())]
+        told = next((last for last in lasts if last.step == chosen.step), NO_OUTCOME)
         for rank in ranks:
             if rank in self.workers:
-                self._heal(self.workers[rank], claims[rank], chosen, actual, corrupt=corrupt)
+                self._heal(self.workers[rank], claims[rank], chosen, actual, told, corrupt=corrupt)
         return chosen
 
     def _heal(
-        self, worker: Worker, claim: Claim, chosen: Claim, actual: tuple[int, str], *, corrupt: bool
+        self,
+        worker: Worker,
+        claim: Claim,
+        chosen: Claim,
+        actual: tuple[int, str],
+        told: Outcome,
+        *,
+        corrupt: bool,
     ) -> None:
         stale = not (claim.holds and (claim.step, claim.digest) == (chosen.step, chosen.digest))
         if stale:
-            worker.last, worker.pending, worker.holds = NO_OUTCOME, 0, True
+            worker.last, worker.pending, worker.holds = told, 0, True
             worker.step, worker.digest = chosen.step, actual[1]
             worker.corrupt = corrupt
             if actual[1] != chosen.digest:
@@ -459,8 +489,13 @@ class Group:
                 worker.holds = False
                 self._drop(worker)
                 return
-            if self.plans[claim.rank].source == "memory" and agreement.diverged(claim, chosen):
+            if told.step:
+                worker.report(told, self.generation)
+            plan = self.plans[claim.rank]
+            counts = claim.rank in plan.holders or not plan.holders
+            if plan.source == "memory" and counts and agreement.diverged(claim, chosen):
                 worker.fail("diverged", "held a state that contradicts its peers'")
+        worker.pending = 0
         worker.tell(
             control.Formed(
                 generation=self.generation, step=worker.step, state_digest=chosen.digest, healed=stale
@@ -581,7 +616,7 @@ class Group:
                 if self.step < self.training.steps and self.world.chance(0.3):
                     for worker in everyone:
                         if worker.alive and self.world.chance(0.5):
-                            worker.pending, worker.pending_world = self.step + 1, self.world_size
+                            worker.keep_gradients(self.step + 1, self)
             case "voting":
                 self._break_vote(everyone, leaver)
             case "agreeing":
@@ -597,7 +632,7 @@ class Group:
         assert outcome is not None
         completed = self.world.chance(0.7)
         for worker in everyone:
-            worker.pending, worker.pending_world = outcome.step, self.world_size
+            worker.keep_gradients(outcome.step, self)
         first = True
         for worker in everyone:
             if completed and self.world.chance(0.5):

@@ -77,7 +77,9 @@ class Truth:
             return
         members = [worker for worker in group.workers.values() if not worker.corrupt]
         states = {(worker.step, worker.digest): None for worker in members}
-        require(len(states) == 1, f"members of generation {group.generation} formed with states {list(states)}")
+        require(
+            len(states) == 1, f"members of generation {group.generation} formed with states {list(states)}"
+        )
 
     def vote(self, training: Training, group: Group, step: int) -> Outcome:
         """All members vote: each says how many slices it computed, and which."""
@@ -107,6 +109,7 @@ class Truth:
             data_digest=sum(slice_digest(step, j) for j in computed) % (1 << 64),
             grad_norm=1.0,
             skipped=False,
+            generation=group.generation,
         )
 
     def voted(self, training: Training, group: Group, outcome: Outcome) -> None:
