@@ -197,15 +197,14 @@ class Saver:
         for image in images:
             starts.append(end)
             end += -(-image.bytes // _ALIGNMENT) * _ALIGNMENT
-        with _readable():
+        with _readable(), self._side_stream(begun):  # pinned memory belongs to this device too
             if slot.memory is None or len(slot.memory) < end:
                 slot.memory = None
                 slot.memory = torch.empty(end, dtype=torch.uint8, pin_memory=begun is not None)
             memory = slot.memory
             files = [memory[start : start + image.bytes] for start, image in zip(starts, images, strict=True)]
-            with self._side_stream(begun):
-                for image, file in zip(images, files, strict=True):
-                    image.fill(file, self._tensors)
+            for image, file in zip(images, files, strict=True):
+                image.fill(file, self._tensors)
         return files
 
     @contextlib.contextmanager
