@@ -119,6 +119,9 @@ def decide(state: State, now_ms: int, event: Event) -> Decision:
             return _of_agent(state, now_ms, event)
 
 
+RETURN_MS = 2_000
+"""Agents try to come back at least once a second (agent/session.py), however short the lease."""
+
 AgentEvent = (
     IdentityRenewed
     | SessionOpened
@@ -234,8 +237,9 @@ def _create_token(state: State, now_ms: int, event: TokenAsked) -> Decision:
 
 def _start(state: State, now_ms: int, event: CoordinatorStarted) -> Decision:
     alive = [a for a in state.agents.values() if a.presence in (Presence.READY, Presence.SUSPECT)]
+    term_ms = max(state.timing.lease_ms, RETURN_MS)
     until_ms = tuple(
-        (agent.agent_id, now_ms + state.timing.lease_ms + event.spread_ms * place // len(alive))
+        (agent.agent_id, now_ms + term_ms + event.spread_ms * place // len(alive))
         for place, agent in enumerate(alive)
     )
     return _accept(LeasesRefreshed(at_ms=now_ms, until_ms=until_ms))
