@@ -312,6 +312,7 @@ def look_at_everything(state: State) -> None:
     agenda.live = {job.job_id: None for job in state.jobs.values() if job.phase not in ENDED}
     agenda.slots = True
     agenda.places = {}
+    agenda.rolls = {}
     agenda.due = {}
     agenda.heap = []
 
@@ -329,6 +330,7 @@ def _look_at_job_of(state: State, agent_id: AgentId) -> None:
     job_id = state.agents[agent_id].job_id
     if job_id is not None:
         state.agenda.jobs[job_id] = None
+        state.agenda.rolls.pop(job_id, None)
 
 
 def _set_and_look(state: State, agent_id: AgentId, **changes: Any) -> None:
@@ -338,6 +340,7 @@ def _set_and_look(state: State, agent_id: AgentId, **changes: Any) -> None:
     if agent.job_id is not None:
         state.agenda.jobs[agent.job_id] = None
         state.agenda.places.pop(agent.job_id, None)
+        state.agenda.rolls.pop(agent.job_id, None)
 
 
 def _presence(state: State, agent_id: AgentId, presence: Presence, at_ms: int, **changes: Any) -> None:
@@ -389,6 +392,7 @@ def _assign(state: State, record: AgentAssigned) -> None:
     job = replace(job, assigned=(*job.assigned, record.agent_id))
     state.jobs[record.job_id] = job
     agenda = state.agenda
+    agenda.rolls.pop(record.job_id, None)
     # One more that is not ready yet changes nothing for a job that has agents (thousands may come at once),
     # unless it was about to form without waiting for anybody.
     about_to_form = (
@@ -426,6 +430,7 @@ def _set_job(state: State, job: Job, **changes: Any) -> Job:
     changed = replace(job, **changes)
     state.jobs[job.job_id] = changed
     state.agenda.jobs[job.job_id] = None
+    state.agenda.rolls.pop(job.job_id, None)
     return changed
 
 
@@ -516,6 +521,7 @@ def _form(state: State, record: MemberFormed) -> None:
         members = (member.agent_id for member in generation.members)
         holders = tuple(a for a in members if a not in generation.gone)
     known = complete and digest and record.step == job.committed_step
+    state.agenda.rolls.pop(record.job_id, None)
     state.jobs[record.job_id] = replace(
         job,
         generation=replace(

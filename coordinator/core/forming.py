@@ -26,6 +26,7 @@ from coordinator.core.model import (
     NotYet,
     Presence,
     Record,
+    Roll,
     Standing,
     State,
     StepsRolledBack,
@@ -110,9 +111,51 @@ def serving(state: State, job: Job, agent_id: AgentId) -> bool:
     agent = state.agents[agent_id]
     return (
         agent.job_id == job.job_id
-        and agent.presence in (Presence.READY, Presence.SUSPECT)
+        and (agent.presence is Presence.READY or agent.presence is Presence.SUSPECT)
         and agent.standing is Standing.ELIGIBLE
     )
+
+
+def roll(state: State, job: Job) -> Roll:
+    """Who is there, called once and remembered until something changes it.  `job` is the state's own."""
+    known = state.agenda.rolls.get(job.job_id)
+    if known is None:
+        known = state.agenda.rolls[job.job_id] = _call(state, job)
+    return known
+
+
+def _call(state: State, job: Job) -> Roll:
+    generation = job.generation
+    alive: list[AgentId] = []
+    lost: list[AgentId] = []
+    leaving: tuple[AgentId, ...] = ()
+    if generation is not None:
+        leaving, gone = generation.leaving, frozenset(generation.gone)
+        for member in generation.members:
+            there = member.agent_id not in gone and serving(state, job, member.agent_id)
+            (alive if there else lost).append(member.agent_id)
+        if awaits_leaving(generation):
+            members = frozenset(member.agent_id for member in generation.members)
+            lost += [a for a in generation.gone if a not in members]
+            lost += [a for a in leaving if not serving(state, job, a)]
+        if generation.formed_ms is None:
+            holders = frozenset(generation.holders)
+            if not any(a in holders for a in alive):
+                staying = [a for a in leaving if serving(state, job, a)]
+                alive += [a for a in staying if a in holders or not generation.members]
+    inside = frozenset((*alive, *leaving))
+    ready: list[AgentId] = []
+    preparing = False
+    for agent_id in job.assigned:
+        if agent_id in inside:
+            continue
+        agent = state.agents[agent_id]
+        if _reachable(agent) and agent.standing is Standing.ELIGIBLE and not agent.draining:
+            if agent.readiness is None:
+                preparing = True
+            else:
+                ready.append(agent_id)
+    return Roll(alive=tuple(alive), lost=tuple(lost), ready=tuple(ready), preparing=preparing)
 
 
 def survivors(state: State, job: Job) -> tuple[AgentId, ...]:
@@ -120,16 +163,7 @@ def survivors(state: State, job: Job) -> tuple[AgentId, ...]:
 
     Until it came to be, those who have not left the one before count too where nobody else is there, or
     nobody else holds the state."""
-    generation = job.generation
-    if generation is None:
-        return ()
-    gone = frozenset(generation.gone)
-    members = (member.agent_id for member in generation.members)
-    alive = tuple(a for a in members if a not in gone and serving(state, job, a))
-    if generation.formed_ms is None and not any(a in generation.holders for a in alive):
-        staying = tuple(a for a in generation.leaving if serving(state, job, a))
-        alive += tuple(a for a in staying if a in generation.holders or not generation.members)
-    return alive
+    return roll(state, job).alive
 
 
 def awaits_leaving(generation: Generation) -> bool:
@@ -139,16 +173,7 @@ def awaits_leaving(generation: Generation) -> bool:
 
 def absent(state: State, job: Job) -> tuple[AgentId, ...]:
     """Agents without which the newest generation cannot go on."""
-    generation = job.generation
-    if generation is None:
-        return ()
-    members = tuple(member.agent_id for member in generation.members)
-    gone = frozenset(generation.gone)
-    lost = [a for a in members if a in gone or not serving(state, job, a)]
-    if awaits_leaving(generation):
-        lost += [a for a in generation.gone if a not in members]
-        lost += [a for a in generation.leaving if not serving(state, job, a)]
-    return tuple(lost)
+    return roll(state, job).lost
 
 
 def broken(state: State, job: Job) -> bool:
@@ -158,34 +183,12 @@ def broken(state: State, job: Job) -> bool:
 
 def joiners(state: State, job: Job) -> tuple[AgentId, ...]:
     """Ready agents that are in no generation of the job, in order of assignment."""
-    inside = _inside(state, job)
-    return tuple(
-        a
-        for a in job.assigned
-        if a not in inside
-        and (agent := state.agents[a]).readiness is not None
-        and _reachable(agent)
-        and agent.standing is Standing.ELIGIBLE
-        and not agent.draining
-    )
+    return roll(state, job).ready
 
 
 def preparing(state: State, job: Job) -> bool:
     """Whether some assigned agent is on its way to being ready."""
-    inside = _inside(state, job)
-    return any(
-        a not in inside
-        and (agent := state.agents[a]).readiness is None
-        and _reachable(agent)
-        and agent.standing is Standing.ELIGIBLE
-        and not agent.draining
-        for a in job.assigned
-    )
-
-
-def _inside(state: State, job: Job) -> frozenset[AgentId]:
-    leaving = job.generation.leaving if job.generation is not None else ()
-    return frozenset((*survivors(state, job), *leaving))
+    return roll(state, job).preparing
 
 
 def _reachable(agent: Agent) -> bool:
@@ -211,7 +214,7 @@ def holds_state(state: State, job: Job, agent_id: AgentId) -> bool:
 def counted_holders(state: State, job: Job, agents: tuple[AgentId, ...]) -> tuple[AgentId, ...]:
     """Those of `agents` whose state counts.  Who is in the newest generation may be steps ahead of the
     record: what others say that they hold counts only where nobody of it is left."""
-    inside = job.generation.holders if job.generation is not None else ()
+    inside = frozenset(job.generation.holders if job.generation is not None else ())
     counted = tuple(a for a in agents if a in inside)
     return counted or tuple(a for a in agents if holds_state(state, job, a))
 
@@ -268,9 +271,9 @@ def _reform(
     there = tuple(a for a in alive if _reachable(state.agents[a]))
     staying = tuple(a for a in there if not state.agents[a].draining)
     fresh = () if stopping else joiners(state, job)
-    counted = counted_holders(state, job, (*alive, *fresh))
+    counted = frozenset(counted_holders(state, job, (*alive, *fresh)))
     keepers = [a for a in alive if a in counted]
-    if keepers and not any(a in there for a in keepers):
+    if keepers and not counted.intersection(there):
         # Forming without them would throw away what they hold; they come back or their lease ends.
         return NotYet(why=Why.UNREACHABLE, have=0, need=1)
     # The last ones to leave still form, so that their state reaches a checkpoint.
@@ -302,8 +305,8 @@ def _cut(state: State, job: Job, generation: Generation, alive: tuple[AgentId, .
     if generation.finished:
         return NotYet(why=Why.CHECKPOINTING, have=len(generation.finished), need=len(generation.members))
     stopping = job.phase is JobPhase.STOPPING
-    leavers = alive if stopping else tuple(a for a in alive if state.agents[a].draining)
-    staying = tuple(a for a in alive if a not in leavers)
+    leavers = tuple(a for a in alive if stopping or state.agents[a].draining)
+    staying = tuple(a for a in alive if not (stopping or state.agents[a].draining))
     surplus = staying[job.spec.max_nodes :]
     staying = staying[: job.spec.max_nodes]
     ready = () if stopping else joiners(state, job)
@@ -324,7 +327,7 @@ def _cut(state: State, job: Job, generation: Generation, alive: tuple[AgentId, .
     if forced:
         reason = _why_cut(job, leavers)
         gone = ", ".join((*leavers, *surplus))
-        if len(members) < job.spec.min_nodes or not any(a in generation.holders for a in members):
+        if len(members) < job.spec.min_nodes or not frozenset(generation.holders).intersection(members):
             members = ()
         return _led(
             state,
@@ -374,7 +377,7 @@ def _why_cut(job: Job, leavers: tuple[AgentId, ...]) -> Why:
 def _holders_first(state: State, job: Job, agents: Iterable[AgentId]) -> tuple[AgentId, ...]:
     """Rule 3: the order is kept, but who holds the state comes before who does not."""
     order = tuple(agents)
-    counted = counted_holders(state, job, order)
+    counted = frozenset(counted_holders(state, job, order))
     return tuple(sorted(order, key=lambda a: a not in counted))
 
 
@@ -489,7 +492,8 @@ def _leaving(state: State, job: Job, members: tuple[AgentId, ...]) -> tuple[Agen
     if old is None:
         return ()
     inside = (*(member.agent_id for member in old.members), *old.leaving)
-    return tuple(a for a in inside if a not in members and a not in old.gone and serving(state, job, a))
+    out = frozenset((*members, *old.gone))
+    return tuple(a for a in inside if a not in out and serving(state, job, a))
 
 
 def _ranked(state: State, members: tuple[AgentId, ...]) -> tuple[Member, ...]:

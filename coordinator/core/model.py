@@ -416,6 +416,16 @@ class Job:
 VOLATILE_OF_JOB = frozenset({"gathered_ms", "standby_ms"})
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Roll:
+    """Who is there for a job: see `forming.roll`."""
+
+    alive: tuple[AgentId, ...]
+    lost: tuple[AgentId, ...]
+    ready: tuple[AgentId, ...]
+    preparing: bool
+
+
 @dataclass(slots=True, kw_only=True)
 class Agenda:
     """What `settle` has to look at: derived from the rest of the state, so never stored or compared.
@@ -428,6 +438,7 @@ class Agenda:
     slots: bool = False  # some job may want agents that it did not want before
     live: dict[JobId, None] = field(default_factory=dict)  # jobs that have not ended
     places: dict[JobId, int] = field(default_factory=dict)  # taken places, of jobs where it is known
+    rolls: dict[JobId, Roll] = field(default_factory=dict)  # of jobs where it is known
     due: dict[tuple[str, str], int] = field(default_factory=dict)  # ("agent" | "job", id) -> when
     heap: list[tuple[int, str, str]] = field(default_factory=list)  # of `due`, with stale entries
 

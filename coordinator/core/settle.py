@@ -279,7 +279,7 @@ def _complete(state: State, job: Job, now_ms: int) -> tuple[Record, ...]:
     if generation is None or not generation.finished:
         return ()
     there = [a for a in generation.holders if forming.serving(state, job, a)]
-    if not there or not all(a in generation.finished for a in there):
+    if not there or not frozenset(generation.finished).issuperset(there):
         return ()
     step = generation.finished_step
     newest = checkpoints.newest_good(job)
