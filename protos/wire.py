@@ -151,7 +151,9 @@ def split_address(text: str) -> tuple[str, int]:
     """`host:port` or `[v6]:port` to (host, port).  Raise BadAddress."""
     host, separator, port = text.rpartition(":")
     if not separator or not host or not port.isdigit() or not 0 <= int(port) <= 65_535:
-        raise BadAddress(f"address {text!r}: expected HOST:PORT with a port from 0 to 65535, e.g. gpu.example.org:7470")
+        raise BadAddress(
+            f"address {text!r}: expected HOST:PORT with a port from 0 to 65535, e.g. gpu.example.org:7470"
+        )
     return host.strip("[]"), int(port)
 
 

@@ -86,6 +86,7 @@ class Machine:
         self.prepare_fails = 0
         self.shunned = False  # nobody starts it again
         self.next_port = 0
+        self.sessions: list[Session] = []  # also those that its agent gave up and the coordinator has not
         self._starting: Timer | None = None
 
     def latency_ms(self) -> int:
@@ -112,10 +113,9 @@ class Machine:
         self.cut_down += down
         self.cut_data += data
         self.fleet.look_calm()
-        if (up or down) and self.process is not None and self.process.session is not None:
-            self.process.session.link_changed()
-        for session in self.fleet.stray_sessions(self):
-            session.link_changed()
+        if up or down:
+            for session in self.sessions:
+                session.link_changed()
 
 
 class Process:
@@ -224,7 +224,8 @@ class Process:
         self._connecting = False
         self.fleet.sessions += 1
         self.session = Session(self, coordinator, SessionId(f"session{self.fleet.sessions}"))
-        self.fleet.opened(self.session)
+        open_still = [session for session in self.machine.sessions if session.coordinator_open]
+        self.machine.sessions = [*open_still, self.session]
         self.session.hello(
             SessionOpened(
                 agent_id=self.agent_id,
@@ -787,7 +788,7 @@ class JobRun:
             return "checkpoint", plan.from_checkpoint_step
         return "memory", None
 
-    def _worker_plan(self, plan: Generation, rank: int, *, release: bool) -> control.Plan:
+    def _worker_plan(self, plan: Generation, rank: int, holders: list[int], *, release: bool) -> control.Plan:
         source, step = self._source(plan)
         return control.Plan(
             generation=plan.number,
@@ -805,17 +806,13 @@ class JobRun:
             release=release,
             checkpoint_before_cut=plan.checkpoint_before_cut,
             timeout_s=0.8 * self.rebuild_timeout_ms / 1000,
-            holders=[
-                rank
-                for m in plan.members
-                if m.agent_id in plan.holders
-                for rank in range(m.first_rank, m.first_rank + m.worker_count)
-            ],
+            holders=holders,
         )
 
     def _hand_out(self, plan: Generation, rank: int) -> None:
+        holders = self.fleet.holder_ranks(plan)
         for index, slot in sorted(self.slots.items()):
-            self._cut(slot, plan, self._worker_plan(plan, rank + index, release=False))
+            self._cut(slot, plan, self._worker_plan(plan, rank + index, holders, release=False))
             slot.planned = plan.number
         self._set_deadline(plan)
 
@@ -832,7 +829,7 @@ class JobRun:
                 slot.step, slot.digest = None, ""
         for slot in self.slots.values():
             if slot.planned:
-                self._cut(slot, plan, self._worker_plan(plan, 0, release=True))
+                self._cut(slot, plan, self._worker_plan(plan, 0, [], release=True))
         self._set_deadline(plan)
         self._check_released()
 

@@ -52,7 +52,7 @@ if TYPE_CHECKING:
 
 _DURABLE_OF_AGENT = attrgetter(*(f for f in Agent.__slots__ if f not in VOLATILE_OF_AGENT))
 _DURABLE_OF_JOB = attrgetter(*(f for f in Job.__slots__ if f not in VOLATILE_OF_JOB))
-LOOK_AT_ALL_EVERY = 2_000
+LOOK_AT_ALL_EVERY = 20_000
 
 
 class Checks:
@@ -97,10 +97,9 @@ class Checks:
                 self._check_push(
                     state, push, [r.agent_id for r in outcome.records if isinstance(r, AgentUnassigned)]
                 )
-        if lines or isinstance(event, CoordinatorStarted):
-            if self._thorough:
-                check_state(state, now_ms)
-                self._look_at_everything(state, now_ms, deadline)
+        if (lines or isinstance(event, CoordinatorStarted)) and self._thorough:
+            check_state(state, now_ms)
+            self._look_at_everything(state, now_ms, deadline)
         if self.decisions % LOOK_AT_ALL_EVERY == 0:
             check_state(state, now_ms)
             self._look_at_everything(state, now_ms, deadline)

@@ -222,10 +222,7 @@ class Coordinator:
             for ticket in batch:
                 durable = self._apply(ticket) or durable
             if durable:
-                if self._hasty:
-                    delay_ms = 0
-                else:
-                    delay_ms = self.world.between(0, 4)
+                delay_ms = 0 if self._hasty else self.world.between(0, 4)
                 if delay_ms:
                     self.world.after(delay_ms, self._write, batch, epoch)
                     return

@@ -55,7 +55,7 @@ class Kind(enum.Enum):
     BLOBS_FULL = "blob disk full"
 
 
-WEIGHTS: dict[Kind, int] = {kind: 4 for kind in Kind} | {
+WEIGHTS: dict[Kind, int] = dict.fromkeys(Kind, 4) | {
     Kind.KILL_AGENT: 12,
     Kind.KILL_WORKER: 12,
     Kind.POWER_LOSS: 6,

@@ -20,6 +20,7 @@ from coordinator.core.model import (
     EnrollAsked,
     Event,
     FailureKind,
+    Generation,
     JobAction,
     JobCommanded,
     JobId,
@@ -42,7 +43,6 @@ from tests.sim.agent import Machine, Process
 from tests.sim.checks import Checks
 from tests.sim.coordinator import Coordinator
 from tests.sim.faults import Fault, Kind, make_faults
-from tests.sim.session import Session
 from tests.sim.training import Group, Worker, lie_about
 from tests.sim.truth import Truth
 from tests.sim.violation import Violation, require
@@ -167,7 +167,7 @@ class Fleet:
         self._incarnations = 0
         self._agents = 0
         self._groups: dict[tuple[str, int], Group] = {}
-        self._strays: list[Session] = []
+        self._holders: tuple[Generation | None, list[int]] = (None, [])
         self._faulty = True
 
     # ------------------------------------------------------------------------- a seed's life
@@ -233,14 +233,6 @@ class Fleet:
             machine.blobs.clear()
         machine.start(self.world.between(2_000, 8_000))
 
-    def opened(self, session: Session) -> None:
-        """Remember sessions, for one that its agent gave up may live on at the coordinator."""
-        self._strays = [s for s in self._strays if s.coordinator_open]
-        self._strays.append(session)
-
-    def stray_sessions(self, machine: Machine) -> list[Session]:
-        return [s for s in self._strays if s.process.machine is machine and s.process.session is not s]
-
     def told(self, record: Record) -> None:
         self.world.tell(describe(record))
 
@@ -254,6 +246,15 @@ class Fleet:
             for old in [k for k in self._groups if k[0] == key[0] and k[1] < key[1] - 20]:
                 del self._groups[old]
         return group
+
+    def holder_ranks(self, plan: Generation) -> list[int]:
+        """The ranks whose state counts by `plan`."""
+        if self._holders[0] is not plan:
+            holding = frozenset(plan.holders)
+            members = (m for m in plan.members if m.agent_id in holding)
+            ranks = [r for m in members for r in range(m.first_rank, m.first_rank + m.worker_count)]
+            self._holders = (plan, ranks)
+        return self._holders[1]
 
     def connected(self, machines: list[Machine]) -> bool:
         """Whether all of these reach each other."""
@@ -313,7 +314,7 @@ class Fleet:
             case Kind.BREAK_SESSION:
                 if process is None or process.session is None:
                     return False
-                process._break(process.session)  # noqa: SLF001
+                process._break(process.session)
             case Kind.SLOW:
                 machine.slow_ms += min(ms, 5_000)
                 self.world.after(10_000, self._speed_up, machine, min(ms, 5_000))
@@ -327,7 +328,7 @@ class Fleet:
             case Kind.CLOCK_JUMP:
                 if process is None or process.session is None:
                     return False
-                process._heard_ms -= ms  # noqa: SLF001
+                process._heard_ms -= ms
             case Kind.NO_DATA:
                 machine.prepare_fails = 1 + fault.number % 2
             case Kind.BURST:

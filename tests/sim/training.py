@@ -579,7 +579,7 @@ class Group:
             if last or worker.writing_until_ms <= self.world.now_ms:
                 worker.take_checkpoint(self.generation, rank, self.world_size)
 
-    # ------------------------------------------------------------------------- breaking
+    # ------------------------------------------------------------------------- how it ends
 
     def leave(self, worker: Worker, how: str) -> None:
         """`worker` is out: it "died", was "aborted" by its agent, or a collective "failed" at it."""
