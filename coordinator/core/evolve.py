@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, assert_never
 
+from coordinator.core.matching import counts
 from coordinator.core.model import (
     ENDED,
     Agent,
@@ -335,12 +336,15 @@ def _look_at_job_of(state: State, agent_id: AgentId) -> None:
 
 def _set_and_look(state: State, agent_id: AgentId, **changes: Any) -> None:
     """Change something by which agents are matched and generations are formed."""
+    before = state.agents[agent_id]
     agent = _set(state, agent_id, **changes)
-    state.agenda.agents[agent_id] = None
+    agenda = state.agenda
+    agenda.agents[agent_id] = None
     if agent.job_id is not None:
-        state.agenda.jobs[agent.job_id] = None
-        state.agenda.places.pop(agent.job_id, None)
-        state.agenda.rolls.pop(agent.job_id, None)
+        agenda.jobs[agent.job_id] = None
+        agenda.rolls.pop(agent.job_id, None)
+        if agent.job_id in agenda.places:
+            agenda.places[agent.job_id] += counts(agent) - counts(before)
 
 
 def _presence(state: State, agent_id: AgentId, presence: Presence, at_ms: int, **changes: Any) -> None:

@@ -145,17 +145,25 @@ def _call(state: State, job: Job) -> Roll:
                 alive += [a for a in staying if a in holders or not generation.members]
     inside = frozenset((*alive, *leaving))
     ready: list[AgentId] = []
+    unfit: list[AgentId] = []
     preparing = False
     for agent_id in job.assigned:
-        if agent_id in inside:
-            continue
         agent = state.agents[agent_id]
-        if _reachable(agent) and agent.standing is Standing.ELIGIBLE and not agent.draining:
+        if agent.draining or agent.standing is not Standing.ELIGIBLE or agent.presence is Presence.ABSENT:
+            unfit.append(agent_id)
+        elif agent_id not in inside and _reachable(agent):
             if agent.readiness is None:
                 preparing = True
             else:
                 ready.append(agent_id)
-    return Roll(alive=tuple(alive), lost=tuple(lost), ready=tuple(ready), preparing=preparing)
+    return Roll(
+        alive=tuple(alive),
+        draining=tuple(a for a in alive if state.agents[a].draining),
+        lost=tuple(lost),
+        ready=tuple(ready),
+        preparing=preparing,
+        unfit=tuple(unfit),
+    )
 
 
 def survivors(state: State, job: Job) -> tuple[AgentId, ...]:
@@ -305,8 +313,9 @@ def _cut(state: State, job: Job, generation: Generation, alive: tuple[AgentId, .
     if generation.finished:
         return NotYet(why=Why.CHECKPOINTING, have=len(generation.finished), need=len(generation.members))
     stopping = job.phase is JobPhase.STOPPING
-    leavers = tuple(a for a in alive if stopping or state.agents[a].draining)
-    staying = tuple(a for a in alive if not (stopping or state.agents[a].draining))
+    leavers = alive if stopping else roll(state, job).draining
+    out = frozenset(leavers)
+    staying = tuple(a for a in alive if a not in out)
     surplus = staying[job.spec.max_nodes :]
     staying = staying[: job.spec.max_nodes]
     ready = () if stopping else joiners(state, job)

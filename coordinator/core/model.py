@@ -420,10 +420,12 @@ VOLATILE_OF_JOB = frozenset({"gathered_ms", "standby_ms"})
 class Roll:
     """Who is there for a job: see `forming.roll`."""
 
-    alive: tuple[AgentId, ...]
-    lost: tuple[AgentId, ...]
-    ready: tuple[AgentId, ...]
-    preparing: bool
+    alive: tuple[AgentId, ...]  # of the newest generation
+    draining: tuple[AgentId, ...]  # of those
+    lost: tuple[AgentId, ...]  # without whom the newest generation cannot go on
+    ready: tuple[AgentId, ...]  # and in no generation
+    preparing: bool  # whether somebody is on its way to being ready
+    unfit: tuple[AgentId, ...]  # assigned, and absent, not eligible or draining
 
 
 @dataclass(slots=True, kw_only=True)

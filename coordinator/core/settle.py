@@ -291,12 +291,13 @@ def _complete(state: State, job: Job, now_ms: int) -> tuple[Record, ...]:
 
 def _unserving(state: State, job: Job, now_ms: int) -> tuple[Record, ...]:
     """Unassign who said goodbye, may not train, or is drained and out."""
-    if matching.places_taken(state, job) == len(job.assigned):
-        return ()  # none of them is
+    unfit = forming.roll(state, job).unfit
+    if not unfit:
+        return ()
     records: list[Record] = []
     waits_for_checkpoint: bool | None = None
     inside = matching.engaged(job)
-    for agent_id in job.assigned:
+    for agent_id in unfit:
         agent = state.agents[agent_id]
         if agent.presence is Presence.ABSENT:
             records.append(_unassign(job, agent_id, "it left", now_ms))
