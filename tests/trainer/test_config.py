@@ -24,7 +24,10 @@ def problems(mapping: dict[str, Any]) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    "path", [p for p in CONFIGS if p.name != "coordinator.yaml"], ids=lambda path: path.name
+    # script.yaml has nothing for the trainer: people run their own script.  The coordinator's tests read it.
+    "path",
+    [p for p in CONFIGS if p.name not in {"coordinator.yaml", "script.yaml"}],
+    ids=lambda path: path.name,
 )
 def test_every_job_file_that_we_ship_is_accepted(path: Path) -> None:
     config = load_config(path)
