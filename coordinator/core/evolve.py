@@ -7,9 +7,11 @@ has to look at because of a record.  A renewed lease puts nothing on it, which k
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
-from dataclasses import replace
-from typing import Any, assert_never
+from dataclasses import fields, replace
+from operator import attrgetter
+from typing import Any, TypeVar, assert_never
 
 from coordinator.core.matching import counts
 from coordinator.core.model import (
@@ -66,6 +68,8 @@ from coordinator.core.model import (
     TokenRevoked,
     WaitChanged,
 )
+
+Value = TypeVar("Value", Agent, Job)
 
 FORGOTTEN_AFTER_STEPS = 1_000
 """Failures are forgotten after so many committed steps without another one."""
@@ -321,8 +325,26 @@ def look_at_everything(state: State) -> None:
 # ------------------------------------------------------------------------------------- pieces
 
 
+@functools.cache
+def _slots(kind: Any) -> tuple[Callable[[Any], tuple[Any, ...]], tuple[Callable[[Any, Any], None], ...]]:
+    names = [field.name for field in fields(kind)]
+    return attrgetter(*names), tuple(getattr(kind, name).__set__ for name in names)
+
+
+def _changed(value: Value, **changes: Any) -> Value:
+    """`dataclasses.replace` for values of many fields, four times as fast: half of what a heartbeat cost."""
+    kind: Any = type(value)
+    read, writers = _slots(kind)
+    new: Value = object.__new__(kind)
+    for write, item in zip(writers, read(value), strict=True):
+        write(new, item)
+    for name, item in changes.items():
+        getattr(kind, name).__set__(new, item)
+    return new
+
+
 def _set(state: State, agent_id: AgentId, **changes: Any) -> Agent:
-    agent = replace(state.agents[agent_id], **changes)
+    agent = _changed(state.agents[agent_id], **changes)
     state.agents[agent_id] = agent
     return agent
 
@@ -331,7 +353,15 @@ def _look_at_job_of(state: State, agent_id: AgentId) -> None:
     job_id = state.agents[agent_id].job_id
     if job_id is not None:
         state.agenda.jobs[job_id] = None
-        state.agenda.rolls.pop(job_id, None)
+        _forget_roll_of_outsider(state, agent_id, job_id)
+
+
+def _forget_roll_of_outsider(state: State, agent_id: AgentId, job_id: JobId) -> None:
+    """Whether an agent is ready and reachable is on its job's roll only if it is in no generation.  After a
+    restart, when all members come back one by one, this is what keeps it from being called each time."""
+    known = state.agenda.rolls.get(job_id)
+    if known is not None and agent_id not in known.inside:
+        del state.agenda.rolls[job_id]
 
 
 def _set_and_look(state: State, agent_id: AgentId, **changes: Any) -> None:
@@ -342,9 +372,13 @@ def _set_and_look(state: State, agent_id: AgentId, **changes: Any) -> None:
     agenda.agents[agent_id] = None
     if agent.job_id is not None:
         agenda.jobs[agent.job_id] = None
-        agenda.rolls.pop(agent.job_id, None)
+        counted, counting = counts(before), counts(agent)
+        if not (counted and counting):
+            agenda.rolls.pop(agent.job_id, None)
+        else:
+            _forget_roll_of_outsider(state, agent_id, agent.job_id)
         if agent.job_id in agenda.places:
-            agenda.places[agent.job_id] += counts(agent) - counts(before)
+            agenda.places[agent.job_id] += counting - counted
 
 
 def _presence(state: State, agent_id: AgentId, presence: Presence, at_ms: int, **changes: Any) -> None:
@@ -431,7 +465,7 @@ def _look_at_idle(state: State) -> None:
 
 
 def _set_job(state: State, job: Job, **changes: Any) -> Job:
-    changed = replace(job, **changes)
+    changed = _changed(job, **changes)
     state.jobs[job.job_id] = changed
     state.agenda.jobs[job.job_id] = None
     state.agenda.rolls.pop(job.job_id, None)

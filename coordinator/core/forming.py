@@ -163,6 +163,7 @@ def _call(state: State, job: Job) -> Roll:
         ready=tuple(ready),
         preparing=preparing,
         unfit=tuple(unfit),
+        inside=inside,
     )
 
 

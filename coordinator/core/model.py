@@ -426,6 +426,7 @@ class Roll:
     ready: tuple[AgentId, ...]  # and in no generation
     preparing: bool  # whether somebody is on its way to being ready
     unfit: tuple[AgentId, ...]  # assigned, and absent, not eligible or draining
+    inside: frozenset[AgentId]  # alive, or still leaving the generation before
 
 
 @dataclass(slots=True, kw_only=True)
