@@ -4,13 +4,14 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: help demo test test-all lint format protos bench clean
+.PHONY: help demo test lint format protos bench sim clean
 
 help:
 	@echo "make demo    train on three agents of this machine, kill one, let one rejoin"
 	@echo "make test    every test that needs no GPU"
 	@echo "make lint    ruff and mypy --strict"
 	@echo "make protos  regenerate the gRPC code"
+	@echo "make sim     simulated fleets that fail in every way: SEEDS=10000 FIRST=1"
 	@echo "make bench   every benchmark that needs no GPU (takes an hour)"
 
 $(BIN)/python:
@@ -48,6 +49,11 @@ bench: $(VENV)/installed-dev
 	$(BIN)/python -m bench.overhead
 	$(BIN)/python -m bench.churn
 	$(BIN)/python -m bench.checkpoint
+
+SEEDS ?= 1000
+FIRST ?= 1
+sim: $(VENV)/installed-dev
+	$(BIN)/python -m tests.sim --first $(FIRST) --seeds $(SEEDS)
 
 clean:
 	rm -rf $(VENV) out build *.egg-info .mypy_cache .ruff_cache .hypothesis
