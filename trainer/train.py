@@ -36,6 +36,9 @@ NCCL_SETTINGS = {
     "TORCH_NCCL_ASYNC_ERROR_HANDLING": "0",
     "TORCH_NCCL_RETHROW_CUDA_ERRORS": "0",
     "TORCH_NCCL_DUMP_ON_TIMEOUT": "0",
+    # With the monitor off nobody answers the watchdog of a broken group, which asks for a dump all the
+    # same and waits for it (60 s by default); freeing the group waits for its watchdog.
+    "TORCH_NCCL_WAIT_TIMEOUT_DUMP_MILSEC": "1",
     "TORCH_NCCL_ENABLE_MONITORING": "0",  # it ends the process when a dead group's watchdog hangs
     "NCCL_NVLS_ENABLE": "0",
 }

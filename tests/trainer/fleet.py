@@ -194,8 +194,18 @@ class Fleet:
         with self.bell:
             if self.bell.wait_for(predicate, timeout=timeout_s):
                 return
+        self.show_stacks()
         logs = "\n".join(f"--- {w.name} ({w.process.poll()})\n{w.log.read_text()}" for w in self.workers)
         raise AssertionError(f"waited {timeout_s:g} s for {what}\n{logs}")
+
+    def show_stacks(self, patience_s: float = 2.0) -> None:
+        """Have every living worker write its threads' stacks to its log."""
+        living = {w: w.log.stat().st_size for w in self.workers if w.process.poll() is None}
+        for worker in living:
+            worker.signal(signal.SIGUSR1)
+        deadline = time.monotonic() + patience_s  # a stopped worker writes nothing
+        while time.monotonic() < deadline and any(w.log.stat().st_size == n for w, n in living.items()):
+            time.sleep(0.05)
 
     def wait_step(self, workers: Sequence[Worker], step: int) -> None:
         self.wait(

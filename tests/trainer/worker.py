@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import faulthandler
 import os
+import signal
 from dataclasses import replace
 
 import torch
@@ -52,5 +54,6 @@ class Liar(Faulty):
 
 
 if __name__ == "__main__":
+    faulthandler.register(signal.SIGUSR1)  # a test that waited in vain shows where its workers are
     trainer.elastic.ElasticGroup = Liar if KIND == "lie" else Faulty  # type: ignore[misc]
     trainer.train.main()
