@@ -529,14 +529,23 @@ class JobRun:
             self._hand_out(plan, member, checkpoint)
         if self.lobby.pids:  # otherwise it crossed our report of a worker's end, and another plan follows
             self.lobby.offer(plan)
-        if plan.from_checkpoint:
-            self._began = plan.generation
-            self.ledger.rewind(checkpoint.step if checkpoint is not None else 0)
+        self._forget_what_was_given_up(plan, member)
         self.ledger.acknowledge(plan.committed_step)
         self._send_progress_anew()
         log.info(
             "job.plan", job=self.job_id, generation=plan.generation, rank=member.group_rank, why=plan.reason
         )
+
+    def _forget_what_was_given_up(self, plan: agent_pb2.Plan, member: agent_pb2.Member) -> None:
+        """Steps that no record is to be made of: whoever holds the state has done others in their place."""
+        lineage = plan.generation if plan.from_checkpoint else plan.lineage
+        if lineage > self._began:  # perhaps of a plan that never reached us
+            self._began = lineage
+            self._backlog = 0
+            self.ledger.rewind(plan.committed_step)
+        elif not member.holds_state:
+            # We were given up.  What we had agreed on before is everybody's; what we did then may be ours alone.
+            self.ledger.rewind(max(plan.committed_step, self._backlog))
 
     def _hand_out(
         self, plan: agent_pb2.Plan, member: agent_pb2.Member, checkpoint: Checkpoint | None
@@ -817,6 +826,7 @@ class JobRun:
                     holds_state=best is not None,
                     state_digest=best.digest if best else "",
                     assignment=self._assignment.number,
+                    generation=best.formed.generation if best is not None and best.formed is not None else 0,
                 )
             )
 

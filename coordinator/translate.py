@@ -453,6 +453,7 @@ def report(message: agent_pb2.AgentMessage, agent_id: AgentId) -> Event:
                     step=_whole(ready.step, "ready.step"),
                     state_digest=state_digest(ready.state_digest, "ready.state_digest"),
                     assignment=_whole(ready.assignment, "ready.assignment"),
+                    generation=_whole(ready.generation, "ready.generation"),
                 ),
             )
         case "formed":
@@ -523,7 +524,7 @@ def go_away(refusal: Refusal | None, message: str, *, retry: bool) -> agent_pb2.
     return agent_pb2.CoordinatorMessage(go_away=agent_pb2.GoAway(reason=reason, message=message, retry=retry))
 
 
-def plan(job_id: JobId, generation: Generation, checkpoint_json: str) -> agent_pb2.Plan:
+def plan(job_id: JobId, generation: Generation, checkpoint_json: str, lineage: int) -> agent_pb2.Plan:
     """A generation as agents are told of it."""
     match generation.cut:
         case Cut.AFTER_STEP:
@@ -556,6 +557,7 @@ def plan(job_id: JobId, generation: Generation, checkpoint_json: str) -> agent_p
         checkpoint_json=checkpoint_json,
         reason=generation.why.value,
         checkpoint_before_cut=generation.checkpoint_before_cut,
+        lineage=lineage,
     )
 
 
@@ -582,7 +584,7 @@ def push(message: Push, state: State) -> agent_pb2.CoordinatorMessage | None:
             )
         case PushPlan():
             return agent_pb2.CoordinatorMessage(
-                plan=plan(message.job_id, message.generation, message.checkpoint_json)
+                plan=plan(message.job_id, message.generation, message.checkpoint_json, message.lineage)
             )
         case PushTakeCheckpoint():
             return agent_pb2.CoordinatorMessage(

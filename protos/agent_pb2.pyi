@@ -227,7 +227,7 @@ class Heartbeat(_message.Message):
     def __init__(self, sequence: _Optional[int] = ..., disk_free_bytes: _Optional[int] = ..., step: _Optional[int] = ..., activity: _Optional[str] = ..., tokens_per_s: _Optional[float] = ...) -> None: ...
 
 class Ready(_message.Message):
-    __slots__ = ("job_id", "store_host", "store_port", "step", "holds_state", "state_digest", "assignment")
+    __slots__ = ("job_id", "store_host", "store_port", "step", "holds_state", "state_digest", "assignment", "generation")
     JOB_ID_FIELD_NUMBER: _ClassVar[int]
     STORE_HOST_FIELD_NUMBER: _ClassVar[int]
     STORE_PORT_FIELD_NUMBER: _ClassVar[int]
@@ -235,6 +235,7 @@ class Ready(_message.Message):
     HOLDS_STATE_FIELD_NUMBER: _ClassVar[int]
     STATE_DIGEST_FIELD_NUMBER: _ClassVar[int]
     ASSIGNMENT_FIELD_NUMBER: _ClassVar[int]
+    GENERATION_FIELD_NUMBER: _ClassVar[int]
     job_id: str
     store_host: str
     store_port: int
@@ -242,7 +243,8 @@ class Ready(_message.Message):
     holds_state: bool
     state_digest: str
     assignment: int
-    def __init__(self, job_id: _Optional[str] = ..., store_host: _Optional[str] = ..., store_port: _Optional[int] = ..., step: _Optional[int] = ..., holds_state: _Optional[bool] = ..., state_digest: _Optional[str] = ..., assignment: _Optional[int] = ...) -> None: ...
+    generation: int
+    def __init__(self, job_id: _Optional[str] = ..., store_host: _Optional[str] = ..., store_port: _Optional[int] = ..., step: _Optional[int] = ..., holds_state: _Optional[bool] = ..., state_digest: _Optional[str] = ..., assignment: _Optional[int] = ..., generation: _Optional[int] = ...) -> None: ...
 
 class Formed(_message.Message):
     __slots__ = ("job_id", "generation", "step", "state_digest", "healed")
@@ -449,7 +451,7 @@ class Member(_message.Message):
     def __init__(self, agent_id: _Optional[str] = ..., group_rank: _Optional[int] = ..., first_rank: _Optional[int] = ..., worker_count: _Optional[int] = ..., host: _Optional[str] = ..., holds_state: _Optional[bool] = ...) -> None: ...
 
 class Plan(_message.Message):
-    __slots__ = ("job_id", "generation", "members", "store_host", "store_port", "cut", "committed_step", "committed_digest", "from_checkpoint", "checkpoint_json", "reason", "checkpoint_before_cut")
+    __slots__ = ("job_id", "generation", "members", "store_host", "store_port", "cut", "committed_step", "committed_digest", "from_checkpoint", "checkpoint_json", "reason", "checkpoint_before_cut", "lineage")
     JOB_ID_FIELD_NUMBER: _ClassVar[int]
     GENERATION_FIELD_NUMBER: _ClassVar[int]
     MEMBERS_FIELD_NUMBER: _ClassVar[int]
@@ -462,6 +464,7 @@ class Plan(_message.Message):
     CHECKPOINT_JSON_FIELD_NUMBER: _ClassVar[int]
     REASON_FIELD_NUMBER: _ClassVar[int]
     CHECKPOINT_BEFORE_CUT_FIELD_NUMBER: _ClassVar[int]
+    LINEAGE_FIELD_NUMBER: _ClassVar[int]
     job_id: str
     generation: int
     members: _containers.RepeatedCompositeFieldContainer[Member]
@@ -474,7 +477,8 @@ class Plan(_message.Message):
     checkpoint_json: str
     reason: str
     checkpoint_before_cut: bool
-    def __init__(self, job_id: _Optional[str] = ..., generation: _Optional[int] = ..., members: _Optional[_Iterable[_Union[Member, _Mapping]]] = ..., store_host: _Optional[str] = ..., store_port: _Optional[int] = ..., cut: _Optional[_Union[Cut, str]] = ..., committed_step: _Optional[int] = ..., committed_digest: _Optional[str] = ..., from_checkpoint: _Optional[bool] = ..., checkpoint_json: _Optional[str] = ..., reason: _Optional[str] = ..., checkpoint_before_cut: _Optional[bool] = ...) -> None: ...
+    lineage: int
+    def __init__(self, job_id: _Optional[str] = ..., generation: _Optional[int] = ..., members: _Optional[_Iterable[_Union[Member, _Mapping]]] = ..., store_host: _Optional[str] = ..., store_port: _Optional[int] = ..., cut: _Optional[_Union[Cut, str]] = ..., committed_step: _Optional[int] = ..., committed_digest: _Optional[str] = ..., from_checkpoint: _Optional[bool] = ..., checkpoint_json: _Optional[str] = ..., reason: _Optional[str] = ..., checkpoint_before_cut: _Optional[bool] = ..., lineage: _Optional[int] = ...) -> None: ...
 
 class TakeCheckpoint(_message.Message):
     __slots__ = ("job_id", "generation")

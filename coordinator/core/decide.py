@@ -377,7 +377,8 @@ def _ready(state: State, now_ms: int, agent: Agent, job: Job, event: ReadyReceiv
         return Decision()  # it crossed the plan that used this store up
     holders = generation.holders if generation is not None else ()
     ahead = readiness.step > job.committed_step + checkpoints.MAX_STEPS_AHEAD
-    if readiness.holds_state and ahead and agent.agent_id not in holders:
+    given_up = readiness.generation < job.lineage  # honestly ahead, of what was given up
+    if readiness.holds_state and ahead and not given_up and agent.agent_id not in holders:
         detail = f"says that it holds step {readiness.step}, but {job.committed_step} is the newest committed"
         records += strike(state, now_ms, agent, detail)
         readiness = replace(readiness, holds_state=False, step=0, state_digest="")

@@ -215,6 +215,8 @@ def holds_state(state: State, job: Job, agent_id: AgentId) -> bool:
     readiness = state.agents[agent_id].readiness
     if readiness is None or not readiness.holds_state or job.committed_step == 0:
         return False
+    if readiness.generation < job.lineage:
+        return False  # of a state that was given up
     if readiness.step == job.committed_step and readiness.state_digest and job.committed_digest:
         return readiness.state_digest == job.committed_digest
     return job.committed_step <= readiness.step <= job.committed_step + 1

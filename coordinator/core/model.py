@@ -247,6 +247,7 @@ class Readiness:
     step: int
     state_digest: str
     assignment: int = 0  # which of the agent's assignments it is ready for; 0 is not compared
+    generation: int = 0  # in which the state was last agreed on
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -1157,6 +1158,7 @@ class PushPlan:
     job_id: JobId
     generation: Generation
     checkpoint_json: str  # manifest to restore; empty unless generation.from_checkpoint_step
+    lineage: int = 0  # the job's
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

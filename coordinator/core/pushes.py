@@ -120,4 +120,5 @@ def _plan_for(state: State, job: Job, agent: Agent) -> PushPlan | None:
         job_id=job.job_id,
         generation=job.generation,
         checkpoint_json=found.manifest_json if found is not None else "",
+        lineage=job.lineage,
     )

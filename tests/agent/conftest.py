@@ -83,13 +83,16 @@ class Volunteer:
                 self.task.exception()
 
 
-def member(agent_id: str, group_rank: int, worker_count: int = 1) -> agent_pb2.Member:
+def member(
+    agent_id: str, group_rank: int, worker_count: int = 1, *, holds_state: bool = False
+) -> agent_pb2.Member:
     return agent_pb2.Member(
         agent_id=agent_id,
         group_rank=group_rank,
         first_rank=group_rank,
         worker_count=worker_count,
         host="127.0.0.1",
+        holds_state=holds_state,
     )
 
 

@@ -256,7 +256,8 @@ async def test_a_member_that_becomes_leader_sends_what_the_dead_leader_may_not_h
     await coordinator.heard("formed")
     await eventually(lambda: volunteer.agent and volunteer.agent.status()["job"]["unacknowledged_steps"] == 4)
     assert coordinator.count("progress") == 0
-    volunteer.plan(2, ready, members=[member("a1", 0), member("a2", 1)], committed_step=2)
+    members = [member("a1", 0, holds_state=True), member("a2", 1)]
+    volunteer.plan(2, ready, members=members, committed_step=2)
     progress = await coordinator.heard("progress")
     assert [record.step for record in progress.steps] == [3, 4]
 

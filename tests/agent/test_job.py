@@ -17,7 +17,7 @@ from agent.elastic import Seat
 from agent.home import Home
 from agent.job import JobRun, WorkerSettings, step_timeout_s
 from protos import agent_pb2
-from tests.agent.conftest import WORKER, alive, member
+from tests.agent.conftest import WORKER, alive, eventually, member
 
 
 class Pair:
@@ -83,6 +83,18 @@ class Pair:
             )
         )
 
+    @staticmethod
+    def plan_of_two(generation: int, ready: agent_pb2.Ready) -> agent_pb2.Plan:
+        """Behind a leader that holds the state."""
+        return agent_pb2.Plan(
+            job_id="j1",
+            generation=generation,
+            members=[member("a2", 0, holds_state=True), member("a1", 1, 2)],
+            store_host=ready.store_host,
+            store_port=ready.store_port,
+            cut=agent_pb2.CUT_AFTER_STEP,
+        )
+
 
 @pytest.fixture
 async def pair(home: Home, tmp_path: Path) -> AsyncIterator[Callable[..., Pair]]:
@@ -143,10 +155,12 @@ async def test_sibling_of_a_dead_worker_is_aborted_and_its_state_offered(pair: C
 async def test_released_leader_hands_in_its_steps_before_it_says_so(pair: Callable[..., Pair]) -> None:
     both = pair(steps=2, finish=False)
     both.plan(1, await both.says("ready"))
-    await both.says("progress")
+    await both.says("formed")  # by both workers, which has what is not acknowledged sent again
+    await eventually(lambda: len(both.job.ledger) == 2)
+    sent = sum(m.HasField("progress") for m in both.said)
     both.job.plan(agent_pb2.Plan(job_id="j1", generation=2, cut=agent_pb2.CUT_AFTER_STEP))
     both.job.acknowledged(1)
-    progress = await both.says("progress", 2)
+    progress = await both.says("progress", sent + 1)
     assert [record.step for record in progress.steps] == [2]
     assert not any(m.HasField("released") for m in both.said)
     both.job.acknowledged(2)
@@ -159,3 +173,34 @@ async def test_released_leader_hands_in_its_steps_before_it_says_so(pair: Callab
 def test_step_timeout_is_read_from_the_job_file(value: object, seconds: float) -> None:
     spec = {"elastic": {"step_timeout": value}} if value is not None else {}
     assert step_timeout_s(spec) == seconds
+
+
+async def test_steps_of_a_state_that_was_given_up_are_not_reported_as_the_new_ones(
+    pair: Callable[..., Pair],
+) -> None:
+    """Found by simulation, seed 2062: the plan that gave the state up had never reached the agent."""
+    both = pair(steps=9, finish=False)
+    both.plan(1, await both.says("ready"))
+    await both.says("progress")
+    ready = await both.says("ready", 2)
+    await eventually(lambda: len(both.job.ledger) == 9)
+    joined = both.plan_of_two(3, ready)
+    joined.lineage, joined.committed_step = 2, 4
+    joined.members[1].holds_state = True
+    both.job.plan(joined)
+    assert len(both.job.ledger) == 0
+
+
+async def test_steps_made_since_the_last_agreement_are_forgotten_by_who_was_given_up(
+    pair: Callable[..., Pair],
+) -> None:
+    both = pair(steps=9, finish=False)
+    both.plan(1, await both.says("ready"))
+    await both.says("progress")
+    await eventually(lambda: len(both.job.ledger) == 9)
+    kept = both.plan_of_two(2, await both.says("ready", 2))
+    kept.members[1].holds_state = True
+    both.job.plan(kept)
+    assert len(both.job.ledger) == 9, "a holder's steps are the job's"
+    both.job.plan(both.plan_of_two(3, await both.says("ready", 2)))
+    assert len(both.job.ledger) == 0

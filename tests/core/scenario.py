@@ -12,7 +12,7 @@ One line is one command.  Agents, and jobs, have one-word names that are also th
     agent a ready holds 7 abcd of 1         Ready, perhaps with state of a step (and digest), and for which
                                             of its assignments
     agent a formed | released | finished | steps 1 5 | fails killed | shard 5 0/2
-                                            all but `shard` take `in G` for another generation
+                                            all take `in G` for another generation
     operator pause | resume | stop | cancel | checkpoint | scale 1 2 [tiny]
     operator drain a | quarantine a for 500 | release a | ban a
     coordinator restarts                    from what is durable
@@ -290,6 +290,7 @@ class Scenario:
                     step=int(rest[1]) if holds else 0,
                     state_digest=rest[2] if len(rest) > 2 else "",
                     assignment=assignment,
+                    generation=generation,
                 )
                 return ReadyReceived(agent_id=name, readiness=readiness)
             case "formed":

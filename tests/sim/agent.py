@@ -302,7 +302,7 @@ class Process:
                     job.acknowledged(message.step)
             case PushPlan():
                 if job is not None and job.job_id == message.job_id:
-                    job.plan(message.generation, message.checkpoint_json)
+                    job.plan(message.generation, message.checkpoint_json, message.lineage)
                     if self.leaving and job.released:
                         self._patience(UNASSIGN_PATIENCE_MS + job.longest_cut_ms)
             case PushTakeCheckpoint():
@@ -745,7 +745,7 @@ class JobRun:
 
     # ------------------------------------------------------------------------- plans
 
-    def plan(self, plan: Generation, checkpoint_json: str) -> None:
+    def plan(self, plan: Generation, checkpoint_json: str, lineage: int) -> None:
         if plan.number <= self.generation or self.stopping:
             return
         self.generation = plan.number
@@ -766,11 +766,17 @@ class JobRun:
             self._hand_out(plan, rank)
         if self._warm and self._leads:
             self._take_store(plan)
-        if plan.from_checkpoint_step is not None or plan.fresh:
-            self._began = plan.number
-            self.ledger.rewind(plan.from_checkpoint_step or 0)
+        self._forget_what_was_given_up(plan, lineage)
         self.ledger.acknowledge(plan.committed_step)
         self._send_progress_anew()
+
+    def _forget_what_was_given_up(self, plan: Generation, lineage: int) -> None:
+        if lineage > self._began:
+            self._began = lineage
+            self._backlog = 0
+            self.ledger.rewind(plan.committed_step)
+        elif self.process.agent_id not in plan.holders:
+            self.ledger.rewind(max(plan.committed_step, self._backlog))
 
     def _take_store(self, plan: Generation) -> None:
         if plan.store_port in self._unused:
@@ -1028,6 +1034,7 @@ class JobRun:
                 holds_state=best is not None,
                 state_digest=best.digest if best else "",
                 assignment=self.assignment,
+                generation=best.formed.generation if best is not None and best.formed is not None else 0,
             )
             if self.process.lies_ready:
                 readiness = replace(readiness, holds_state=True, step=readiness.step + 5, state_digest=LIE)
