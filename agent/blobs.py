@@ -12,12 +12,14 @@ import hashlib
 import json
 import os
 import random
+import re
+import time
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar
+from typing import BinaryIO, TypeVar
 
 import grpc
 import grpc.aio
@@ -31,12 +33,18 @@ log = structlog.get_logger(__name__)
 
 CALL_TIMEOUT_S = 30.0
 STALL_TIMEOUT_S = 60.0
+PEER_CONNECT_TIMEOUT_S = 5.0
+PEER_STALL_TIMEOUT_S = 15.0
+UNREACHABLE_S = 60.0  # an agent that did not answer is left alone for so long
+SOURCES_ASKED = 8
 UPLOADS_AT_ONCE = 2
 TRANSFERS_AT_ONCE = 8
 PRESIGNED_TRIES = 5
 FIRST_DELAY_S = 0.2
 LONGEST_DELAY_S = 15.0
 
+_DIGEST = re.compile(r"[0-9a-f]{64}")
+_TOKEN_BYTES = {"uint16": 2, "uint32": 4}
 Reply = TypeVar("Reply")
 Stub = Callable[[], agent_pb2_grpc.AgentServiceStub]
 
@@ -46,19 +54,17 @@ def _digest_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-@dataclass(slots=True)
 class BlobCache:
     """`root/<digest>` for whole blobs.  The checks read the disk: call them in a thread."""
 
-    root: Path
-    _verified: dict[str, tuple[int, int]]
-
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, changed: Callable[[], None] = lambda: None) -> None:
+        """`changed` is called whenever a blob was fetched or removed, from any thread."""
         self.root = root
-        self._verified = {}
+        self.changed = changed
+        self._verified: dict[str, tuple[int, int]] = {}
 
     def path(self, digest: str) -> Path:
-        if len(digest) != 64 or not set(digest) <= set("0123456789abcdef"):
+        if not _DIGEST.fullmatch(digest):
             raise BlobError(f"blob digest {digest!r:.80}: expected 64 hex digits")
         return self.root / digest
 
@@ -70,15 +76,18 @@ class BlobCache:
         except FileNotFoundError:
             return False
         seen = (stat.st_size, stat.st_mtime_ns)
+        if self._verified.get(digest) != seen:
+            found = _digest_of(path)
+            if found == digest:
+                self._verified[digest] = seen
         if self._verified.get(digest) == seen:
-            return True
-        found = _digest_of(path)
-        if found == digest:
-            self._verified[digest] = seen
+            # The time of use, for `trim`; file systems keep it loosely or not at all.
+            os.utime(path, ns=(time.time_ns(), stat.st_mtime_ns))
             return True
         log.warning("blob.damaged", digest=digest, found=found, path=str(path), action="fetched again")
         path.unlink(missing_ok=True)
         self._verified.pop(digest, None)
+        self.changed()
         return False
 
     def recheck(self, digest: str) -> bool:
@@ -86,8 +95,19 @@ class BlobCache:
         self._verified.pop(digest, None)
         return self.holds(digest)
 
+    def listing(self, most: int) -> set[str]:
+        """The blobs that are here by name, and of too many those that were used last."""
+        found = []
+        for path in self.root.iterdir():
+            if _DIGEST.fullmatch(path.name):
+                try:
+                    found.append((_last_used(path.stat()), path.name))
+                except FileNotFoundError:
+                    continue
+        return {name for _, name in sorted(found)[-most:]}
+
     def trim(self, keep: Iterable[str], limit_bytes: int) -> int:
-        """Remove what is not in `keep`, oldest first, until the rest fits; return the bytes removed."""
+        """Remove what is not in `keep`, least recently used first, until the rest fits; return the bytes removed."""
         kept = frozenset(keep)
         files = []
         for path in self.root.iterdir():
@@ -95,7 +115,7 @@ class BlobCache:
                 stat = path.stat()
             except FileNotFoundError:
                 continue
-            files.append((stat.st_mtime_ns, path, stat.st_size))
+            files.append((_last_used(stat), path, stat.st_size))
         excess = sum(size for _, _, size in files) - limit_bytes
         removed = 0
         for _, path, size in sorted(files):
@@ -108,86 +128,223 @@ class BlobCache:
             path.unlink(missing_ok=True)
             self._verified.pop(path.name, None)
             removed += size
+        if removed:
+            self.changed()
         return removed
 
 
-class BlobClient:
-    """Moves blobs between the cache and the coordinator's store.  `stub` gives the current channel's.
+def _last_used(stat: os.stat_result) -> int:
+    return max(stat.st_atime_ns, stat.st_mtime_ns)
 
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Piece:
+    """A blob as a manifest names it: what is fetched is bounded and verified by this."""
+
+    digest: str
+    bytes: int
+
+
+Moved = Callable[[str, int], None]
+"""Hears of bytes that are here now, and from where: "cache", "agents" or "store"; negative if they were wrong."""
+
+
+def _nobody_listens(source: str, count: int) -> None:
+    pass
+
+
+class BlobClient:
+    """Moves blobs between the cache, other agents' caches and the coordinator's store.
+
+    `stub` gives the current channel's, `identity` the certificate to show to other agents; without one
+    nobody but the store is asked.  `accuse` hears of an agent that served wrong bytes, with the digest.
     Where the coordinator hands out presigned URLs, the bytes go straight to and from its object store."""
 
-    def __init__(self, stub: Stub, cache: BlobCache) -> None:
+    def __init__(
+        self,
+        stub: Stub,
+        cache: BlobCache,
+        *,
+        identity: Callable[[], wire.Identity] | None = None,
+        accuse: Callable[[str, str], None] = lambda agent_id, digest: None,
+    ) -> None:
         self._stub = stub
         self.cache = cache
+        self._identity = identity
+        self._accuse = accuse
         self._fetching: dict[str, asyncio.Lock] = {}
+        self._unreachable: dict[str, float] = {}
+        self._liars: set[str] = set()
         # Apart from the loop's own threads: a store that stalls must not hold up the rest of the agent.
         self._transfers = ThreadPoolExecutor(TRANSFERS_AT_ONCE, thread_name_prefix="transfer")
 
-    async def fetch(self, digest: str) -> Path:
-        """The blob's file, from the cache or the coordinator.
+    async def fetch(self, piece: Piece, moved: Moved = _nobody_listens, *, recheck: bool = False) -> Path:
+        """The blob's file: from the cache, else from other agents, else from the store.
 
-        Raise BlobError if its bytes are wrong twice or the disk refuses them; gRPC errors pass through,
-        and what had been received is kept for the next attempt."""
+        With `recheck` no earlier reading of the cache is trusted.  Raise BlobError if the store's bytes are
+        wrong twice or the disk refuses them; gRPC errors of the store pass through, and what had been
+        received is kept for the next attempt."""
+        digest = piece.digest
         async with self._fetching.setdefault(digest, asyncio.Lock()):
-            if await asyncio.to_thread(self.cache.holds, digest):
+            look = self.cache.recheck if recheck else self.cache.holds
+            if await asyncio.to_thread(look, digest):
+                moved("cache", piece.bytes)
                 return self.cache.path(digest)
-            for _ in range(2):
-                if await self._download(digest):
-                    return self.cache.path(digest)
-            raise BlobError(
-                f"blob {digest}: the bytes received twice hash to something else; tell the operator"
-            )
-
-    async def _download(self, digest: str) -> bool:
-        path = self.cache.path(digest)
-        partial = path.with_name(f".partial-{digest}")
-        try:
-            file, hasher = await asyncio.to_thread(_open_partial, partial)
+            path = self.cache.path(digest)
             try:
-                if not await self._receive_presigned(digest, file, hasher):
-                    await self._receive(digest, file, hasher)
-                await asyncio.to_thread(_sync, file)
-            finally:
-                file.close()
-        except OSError as error:
-            if isinstance(error, TimeoutError):
-                raise
-            raise BlobError(
-                f"blob {digest}: cannot be written to {partial.parent}: {error.strerror}"
-            ) from error
-        if hasher.hexdigest() != digest:
-            log.warning("blob.wrong_bytes", digest=digest, found=hasher.hexdigest())
-            partial.unlink(missing_ok=True)
-            return False
-        os.replace(partial, path)
-        return True
+                partial = await asyncio.to_thread(Partial, path.with_name(f".partial-{digest}"), piece.bytes)
+                try:
+                    moved("cache", partial.size)
+                    await self._receive(piece, partial, moved)
+                    await asyncio.to_thread(partial.keep, path)
+                finally:
+                    partial.close()
+            except OSError as error:
+                if isinstance(error, TimeoutError):
+                    raise
+                raise BlobError(
+                    f"blob {digest}: cannot be written to {path.parent}: {error.strerror}"
+                ) from error
+            self.cache.changed()
+            return path
 
-    async def _receive(self, digest: str, file: BinaryIO, hasher: Any) -> None:
-        call = self._stub().GetBlob(agent_pb2.GetBlobRequest(digest=digest, offset=file.tell()))
+    async def _receive(self, piece: Piece, partial: Partial, moved: Moved) -> None:
+        """Return when the partial file is the blob: each source goes on where the one before broke off."""
+        for source in await self._sources(piece.digest):
+            if await self._receive_whole(_FromAgent(self, source), piece, partial, moved):
+                return
+        for _ in range(2):
+            if await self._receive_whole(_FromStore(self), piece, partial, moved):
+                return
+        raise BlobError(
+            f"blob {piece.digest}: the bytes received twice hash to something else; tell the operator"
+        )
+
+    async def _receive_whole(
+        self, source: _FromAgent | _FromStore, piece: Piece, partial: Partial, moved: Moved
+    ) -> bool:
+        """Whether this source made the partial file the blob; wrong bytes are dropped.
+
+        When several have contributed nobody can say whose bytes were wrong: then it is asked for all."""
+        while True:
+            partial.givers.add(source.name)
+            if not await source.give(piece, partial, moved):
+                return False
+            if partial.digest == piece.digest:
+                return True
+            log.warning(
+                "blob.wrong_bytes", digest=piece.digest, found=partial.digest, of=sorted(partial.givers)
+            )
+            alone = partial.givers == {source.name}
+            moved(source.kind, -partial.size)
+            await asyncio.to_thread(partial.reset)
+            if alone:
+                source.lied(piece.digest)
+                return False
+
+    async def _sources(self, digest: str) -> list[agent_pb2.BlobSources]:
+        """Each other agent that has the blob, with the ticket; none if the coordinator cannot be asked."""
+        if self._identity is None:
+            return []
+        request = agent_pb2.FindSourcesRequest(digests=[digest])
+        try:
+            reply = await self._stub().FindSources(request, timeout=CALL_TIMEOUT_S)
+        except grpc.aio.AioRpcError as error:
+            log.info("blob.no_sources", digest=digest, why=error.details())
+            return []
+        now_s = time.monotonic()
+        return [
+            agent_pb2.BlobSources(ticket=found.ticket, sources=[source])
+            for found in reply.blobs
+            if found.ticket.digest == digest
+            for source in found.sources[:SOURCES_ASKED]
+            if source.agent_id not in self._liars
+            and self._unreachable.get(source.agent_id, -UNREACHABLE_S) + UNREACHABLE_S <= now_s
+        ]
+
+    async def receive_from_agent(
+        self, found: agent_pb2.BlobSources, piece: Piece, partial: Partial, moved: Moved
+    ) -> bool:
+        """Whether there are as many bytes as there should be now."""
+        assert self._identity is not None
+        source = found.sources[0]
+        host = f"[{source.host}]" if ":" in source.host else source.host
+        before = partial.size
+        request = agent_pb2.GetPeerBlobRequest(ticket=found.ticket, offset=partial.size)
+        about = {"digest": piece.digest, "agent": source.agent_id, "address": f"{host}:{source.port}"}
+        try:
+            async with wire.peer_channel(
+                self._identity(), source.agent_id, f"{host}:{source.port}"
+            ) as channel:
+                call = agent_pb2_grpc.PeerServiceStub(channel).GetBlob(request)
+                try:
+                    patience_s = PEER_CONNECT_TIMEOUT_S
+                    while True:
+                        async with asyncio.timeout(patience_s):
+                            chunk = await call.read()
+                        if chunk is grpc.aio.EOF:
+                            break
+                        patience_s = PEER_STALL_TIMEOUT_S
+                        await asyncio.to_thread(partial.append, chunk.data)
+                        moved("agents", len(chunk.data))
+                        if partial.size > piece.bytes:
+                            break
+                finally:
+                    call.cancel()
+        except (grpc.aio.AioRpcError, TimeoutError) as error:
+            why = error.details() if isinstance(error, grpc.aio.AioRpcError) else "it is silent"
+            log.info("blob.agent_gave_up", **about, bytes=partial.size - before, why=why)
+            if partial.size == before and not (
+                isinstance(error, grpc.aio.AioRpcError) and wire.refusal_of(error) is not None
+            ):
+                self._unreachable[source.agent_id] = time.monotonic()
+        else:
+            log.info("blob.from_agent", **about, bytes=partial.size - before)
+        return partial.size >= piece.bytes
+
+    def lied(self, agent_id: str, digest: str) -> None:
+        log.warning("blob.agent_served_wrong_bytes", agent=agent_id, digest=digest)
+        self._liars.add(agent_id)
+        self._accuse(agent_id, digest)
+
+    async def receive_from_store(self, piece: Piece, partial: Partial, moved: Moved) -> None:
+        """All that is missing; raise gRPC errors, TransferBroken or TimeoutError."""
+        if not await self._receive_presigned(piece.digest, partial, moved):
+            await self._receive_streamed(piece, partial, moved)
+
+    async def _receive_streamed(self, piece: Piece, partial: Partial, moved: Moved) -> None:
+        call = self._stub().GetBlob(agent_pb2.GetBlobRequest(digest=piece.digest, offset=partial.size))
         try:
             while True:
                 async with asyncio.timeout(STALL_TIMEOUT_S):
                     chunk = await call.read()
                 if chunk is grpc.aio.EOF:
                     break
-                await asyncio.to_thread(_append, file, hasher, chunk.data)
+                await asyncio.to_thread(partial.append, chunk.data)
+                moved("store", len(chunk.data))
+                if partial.size > piece.bytes:
+                    break
         finally:
             call.cancel()
 
-    async def _receive_presigned(self, digest: str, file: BinaryIO, hasher: Any) -> bool:
+    async def _receive_presigned(self, digest: str, partial: Partial, moved: Moved) -> bool:
         """Whether this coordinator hands out URLs.  Raise TransferBroken when the store gives nothing."""
-        take = functools.partial(_append, file, hasher)
+
+        def take(data: bytes) -> None:
+            partial.append(data)
+            moved("store", len(data))
+
         delay_s = FIRST_DELAY_S
         for left in reversed(range(PRESIGNED_TRIES)):
             request = agent_pb2.PresignGetRequest(digest=digest)
             where = await _unless_unknown(self._stub().PresignGet(request, timeout=CALL_TIMEOUT_S))
             if where is None or not where.url:
                 return False
-            if file.tell() >= where.bytes:
+            if partial.size >= where.bytes:
                 break
             transfer = Transfer(where.url)
             try:
-                await self._run(transfer, functools.partial(transfer.get, file.tell(), where.bytes, take))
+                await self._run(transfer, functools.partial(transfer.get, partial.size, where.bytes, take))
                 break
             except TransferBroken as error:
                 if not left:
@@ -259,20 +416,79 @@ async def _unless_unknown(call: Awaitable[Reply]) -> Reply | None:
         raise
 
 
-def _open_partial(partial: Path) -> tuple[BinaryIO, Any]:
-    file = open(partial, "a+b")  # noqa: SIM115 - the caller closes it
-    file.seek(0)
-    return file, hashlib.file_digest(file, "sha256")
+class _FromAgent:
+    kind = "agents"
+
+    def __init__(self, client: BlobClient, found: agent_pb2.BlobSources) -> None:
+        self.name = found.sources[0].agent_id
+        self._client = client
+        self._found = found
+
+    async def give(self, piece: Piece, partial: Partial, moved: Moved) -> bool:
+        return await self._client.receive_from_agent(self._found, piece, partial, moved)
+
+    def lied(self, digest: str) -> None:
+        self._client.lied(self.name, digest)
 
 
-def _append(file: BinaryIO, hasher: Any, data: bytes) -> None:
-    file.write(data)
-    hasher.update(data)
+class _FromStore:
+    kind = "store"
+    name = "the store"
+
+    def __init__(self, client: BlobClient) -> None:
+        self._client = client
+
+    async def give(self, piece: Piece, partial: Partial, moved: Moved) -> bool:
+        await self._client.receive_from_store(piece, partial, moved)
+        return True
+
+    def lied(self, digest: str) -> None:
+        """The warning said it; the caller tries once more, then gives up."""
 
 
-def _sync(file: BinaryIO) -> None:
-    file.flush()
-    os.fsync(file.fileno())
+class Partial:
+    """What has come of a blob, in a file that a later attempt goes on with.  All methods block."""
+
+    def __init__(self, path: Path, most_bytes: int) -> None:
+        """Read what an earlier attempt left; more than the blob can have is dropped."""
+        self._path = path
+        self._file: BinaryIO = open(path, "a+b")  # noqa: SIM115 - closed by `close`
+        self.givers: set[str] = set()
+        """Who has contributed.  What an earlier attempt left has a giver that nobody knows any more."""
+        self._file.seek(0)
+        self._hash = hashlib.file_digest(self._file, "sha256")
+        self.size = self._file.tell()
+        if self.size > most_bytes:
+            self.reset()
+        elif self.size:
+            self.givers.add("an earlier attempt")
+
+    @property
+    def digest(self) -> str:
+        return str(self._hash.hexdigest())
+
+    def append(self, data: bytes) -> None:
+        self._file.write(data)
+        self._hash.update(data)
+        self.size += len(data)
+
+    def reset(self) -> None:
+        """Begin again."""
+        self._file.truncate(0)
+        self._hash = hashlib.sha256()
+        self.size = 0
+        self.givers = set()
+
+    def keep(self, path: Path) -> None:
+        """The blob is whole: give it its name, also after a power cut."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        os.replace(self._path, path)
+
+    def close(self) -> None:
+        self._file.close()
+        if not self.size:
+            self._path.unlink(missing_ok=True)
 
 
 class ShardReports:
@@ -285,13 +501,20 @@ class ShardReports:
         self._blobs = blobs
         self._drained = drained
         self._outstanding: Counter[str] = Counter()
+        self._waiting: Counter[str] = Counter()
         self._tasks: set[asyncio.Task[None]] = set()
         self._slots = asyncio.Semaphore(UPLOADS_AT_ONCE)
 
     def outstanding(self, job_id: str) -> int:
         return self._outstanding[job_id]
 
+    @property
+    def waiting(self) -> set[str]:
+        """Digests of what is not stored yet: no copy but ours may be anywhere."""
+        return set(self._waiting)
+
     def add(self, report: agent_pb2.ReportShardRequest) -> None:
+        self._waiting[report.digest] += 1
         self._outstanding[report.job_id] += 1
         task = asyncio.create_task(self._store(report))
         self._tasks.add(task)
@@ -338,20 +561,26 @@ class ShardReports:
                 log.info("shard.waiting", **about, why=str(error), delay_s=delay_s)
             await asyncio.sleep(delay_s * random.uniform(0.5, 1.0))
             delay_s = min(delay_s * 2, LONGEST_DELAY_S)
+        self._waiting -= Counter((report.digest,))
         self._outstanding[report.job_id] -= 1
         if not self._outstanding[report.job_id]:
             del self._outstanding[report.job_id]
             self._drained(report.job_id)
 
 
-def dataset_digests(manifest_json: str) -> tuple[str, ...]:
-    """The blobs that a `muster-dataset-1` manifest names.  Raise BlobError if it is malformed."""
+def dataset_pieces(manifest_json: str) -> tuple[Piece, ...]:
+    """The shards that a `muster-dataset-1` manifest names.  Raise BlobError if it is malformed."""
     try:
         manifest = json.loads(manifest_json)
-        digests = tuple(shard["digest"] for shards in manifest["splits"].values() for shard in shards)
+        token_bytes = _TOKEN_BYTES[manifest["dtype"]]
+        named = {
+            shard["digest"]: int(shard["tokens"]) * token_bytes
+            for shards in manifest["splits"].values()
+            for shard in shards
+        }
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise BlobError(f"dataset manifest: malformed ({error!r}); prepare the dataset again") from error
-    return digests
+    return tuple(Piece(digest=digest, bytes=size) for digest, size in named.items())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -359,19 +588,22 @@ class Checkpoint:
     """What the agent needs of a `muster-checkpoint-1` manifest."""
 
     step: int
-    digests: tuple[str, ...]
-    bytes: int
+    pieces: tuple[Piece, ...]
+
+    @property
+    def bytes(self) -> int:
+        return sum(piece.bytes for piece in self.pieces)
 
     @staticmethod
     def parse(manifest_json: str) -> Checkpoint:
         """Raise BlobError if it is malformed."""
         try:
             manifest = json.loads(manifest_json)
-            shards = manifest["shards"]
             return Checkpoint(
                 step=int(manifest["step"]),
-                digests=tuple(shard["digest"] for shard in shards),
-                bytes=sum(int(shard["bytes"]) for shard in shards),
+                pieces=tuple(
+                    Piece(digest=shard["digest"], bytes=int(shard["bytes"])) for shard in manifest["shards"]
+                ),
             )
         except (ValueError, KeyError, TypeError) as error:
             raise BlobError(f"checkpoint manifest: malformed ({error!r})") from error

@@ -103,10 +103,14 @@ def run_options(command: Callable[..., Any]) -> Callable[..., Any]:
         gpus: tuple[int, ...] | None,
         labels: dict[str, str],
         cache_bytes: int,
+        lend: bool,
+        peer_port: int,
+        lend_rate: int,
         drain_grace: float,
         **rest: Any,
     ) -> Any:
         from agent.daemon import Settings
+        from agent.peers import Lending
 
         settings = Settings(
             advertise=advertise,
@@ -114,6 +118,7 @@ def run_options(command: Callable[..., Any]) -> Callable[..., Any]:
             gpus=gpus,
             labels=labels,
             cache_bytes=cache_bytes,
+            lending=Lending(allowed=lend, port=peer_port, bytes_per_s=lend_rate),
             drain_grace_s=drain_grace,
         )
         return command(settings=settings, **rest)
@@ -134,6 +139,27 @@ def run_options(command: Callable[..., Any]) -> Callable[..., Any]:
                 default="20GiB",
                 show_default=True,
                 help="Bound of the blob cache.",
+            ),
+            click.option(
+                "--lend/--no-lend",
+                default=True,
+                show_default=True,
+                help="Let other agents of the fleet fetch checkpoints and data from the cache.",
+            ),
+            click.option(
+                "--peer-port",
+                type=click.IntRange(0, 65_535),
+                default=0,
+                show_default=True,
+                help="Port at which they are served; 0 lets the system choose.",
+            ),
+            click.option(
+                "--lend-rate",
+                type=Size(),
+                default="0",
+                show_default="no bound",
+                metavar="SIZE",
+                help="Bytes a second that all of them together may fetch.",
             ),
             click.option(
                 "--drain-grace",
@@ -319,6 +345,17 @@ def drain(home: Path | None) -> None:
 
     ask(_home(home), "drain")
     click.echo("draining: the agent ends after the step in hand", err=True)
+
+
+@cli.command()
+@click.argument("allowed", type=click.Choice(["on", "off"]))
+@home_option
+def lend(allowed: str, home: Path | None) -> None:
+    """Let other agents fetch from the running agent's cache, or stop that at once, until it ends."""
+    from agent.home import ask
+
+    ask(_home(home), "lend" if allowed == "on" else "keep")
+    click.echo("the cache is lent" if allowed == "on" else "the cache is not lent", err=True)
 
 
 @cli.command()

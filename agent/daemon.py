@@ -23,6 +23,7 @@ from agent.home import Home, StatusServer
 from agent.job import ElasticSeat, JobRun, SeatMaker, Tasks, WorkerSettings
 from agent.lobby import Lobby
 from agent.network import address_of, interface_of, reaching_address
+from agent.peers import Lending, PeerServer
 from agent.session import Session
 from protos import agent_pb2, agent_pb2_grpc, wire
 
@@ -32,6 +33,7 @@ TRAINER = (sys.executable, "-m", "trainer.train")
 UPLOAD_PATIENCE_S = 60.0
 UNASSIGN_PATIENCE_S = 3.0
 JOBS_KEPT = 10
+BLOBS_TOLD = 4_096
 
 # Measured to let a worker survive a peer's death on CUDA: errors surface as exceptions in our own
 # thread, and nothing aborts the process or waits for a dump.
@@ -52,6 +54,7 @@ class Settings:
     gpus: tuple[int, ...] | None = None  # cards to lend; None lends all
     labels: Mapping[str, str] = field(default_factory=dict)
     cache_bytes: int = 20 * 2**30
+    lending: Lending = field(default_factory=Lending)  # of the cache, to other agents
     drain_grace_s: float = 15.0  # how long a leaving agent waits for an absent coordinator
     worker_command: tuple[str, ...] = TRAINER
 
@@ -95,7 +98,11 @@ class Agent:
         self._welcome = agent_pb2.Welcome()
         self._session = Session(lambda: self._identity, self)
         self._channels = [wire.aio_channel(identity)]
-        self._blobs = BlobClient(self._stub, BlobCache(home.blobs))
+        self._cache_changed = asyncio.Event()
+        self._cached: set[str] = set()
+        cache = BlobCache(home.blobs, self._note_cache_change)
+        self._peers = PeerServer(cache, lambda: self._identity, settings.lending)
+        self._blobs = BlobClient(self._stub, cache, identity=lambda: self._identity, accuse=self._accuse)
         self._reports = ShardReports(self._stub, self._blobs, self._shards_reported)
         self._job: JobRun | None = None
         self._switching = asyncio.Lock()
@@ -106,6 +113,7 @@ class Agent:
         self._give_up: asyncio.TimerHandle | None = None
         self._gone = asyncio.Event()
         self._disk_free = 0
+        self._loop: asyncio.AbstractEventLoop | None = None
 
     def _stub(self) -> agent_pb2_grpc.AgentServiceStub:
         return agent_pb2_grpc.AgentServiceStub(self._channels[-1])
@@ -126,7 +134,9 @@ class Agent:
         await status.start()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._signalled, number)
-        for chore in (self._renew_identity(), self._watch_disk()):
+        self._loop = loop
+        await self._peers.start(self._workers.advertise_host)
+        for chore in (self._renew_identity(), self._watch_disk(), self._tell_of_cache()):
             self._tasks.start(chore)
         session = asyncio.create_task(self._session.run())
         gone = asyncio.create_task(self._gone.wait())
@@ -148,6 +158,7 @@ class Agent:
             await asyncio.gather(session, return_exceptions=True)
             await self._reports.stop()
             await self._tasks.stop()
+            await self._peers.stop()
             await status.stop()
             for channel in self._channels:
                 await channel.close()
@@ -202,17 +213,54 @@ class Agent:
             self._channels.append(wire.aio_channel(identity))
             if len(self._channels) > 2:
                 await self._channels.pop(0).close()
+            self._cache_changed.set()  # the new certificate may be good for serving where the old one was not
             log.info("identity.renewed", expires=validity(identity)[1].isoformat())
 
     async def _watch_disk(self) -> None:
         while True:
-            in_use = self._job.blobs_in_use() if self._job is not None else set()
+            in_use = self._reports.waiting | (self._job.blobs_in_use() if self._job is not None else set())
             removed = await asyncio.to_thread(self._blobs.cache.trim, in_use, self._settings.cache_bytes)
             if removed:
                 log.info("cache.trimmed", bytes=removed)
             await asyncio.to_thread(self._forget_jobs)
             self._disk_free = (await asyncio.to_thread(shutil.disk_usage, self._home.root)).free
             await asyncio.sleep(15.0)
+
+    # ------------------------------------------------------------------ what other agents may fetch here
+
+    def _note_cache_change(self) -> None:
+        if self._loop is not None:
+            self._loop.call_soon_threadsafe(self._cache_changed.set)
+
+    async def _tell_of_cache(self) -> None:
+        while True:
+            await self._cache_changed.wait()
+            self._cache_changed.clear()
+            held = await asyncio.to_thread(self._blobs.cache.listing, BLOBS_TOLD)
+            self._say_cached(held, whole=False)
+
+    def _say_cached(self, held: set[str], *, whole: bool) -> None:
+        added = held if whole else held - self._cached
+        removed = set() if whole else self._cached - held
+        message = agent_pb2.Cached(
+            whole=whole,
+            added=[bytes.fromhex(digest) for digest in sorted(added)],
+            removed=[bytes.fromhex(digest) for digest in sorted(removed)],
+            peer_port=self._peers.port,
+        )
+        if self._session.send(agent_pb2.AgentMessage(cached=message)):
+            self._cached = held
+
+    def _accuse(self, agent_id: str, digest: str) -> None:
+        self._session.send(
+            agent_pb2.AgentMessage(peer_fault=agent_pb2.PeerFault(agent_id=agent_id, digest=digest))
+        )
+
+    def lend(self, allowed: bool) -> None:
+        """The volunteer's word, from now on: other agents may fetch from this cache, or not."""
+        self._peers.service.allowed = allowed
+        log.info("cache.lent" if allowed else "cache.not_lent")
+        self._cache_changed.set()
 
     def _forget_jobs(self) -> None:
         """Old jobs' logs and manifests; in a thread."""
@@ -319,16 +367,22 @@ class Agent:
 
     def heartbeat(self) -> agent_pb2.Heartbeat:
         job = self._job
+        haul = job.haul if job is not None else None
         return agent_pb2.Heartbeat(
             disk_free_bytes=self._disk_free,
             step=job.step if job is not None else 0,
             activity=job.activity if job is not None else "idle",
             tokens_per_s=job.tokens_per_s if job is not None else 0.0,
+            transfer_bytes=min(haul.done, haul.total) if haul is not None else 0,
+            transfer_total=haul.total if haul is not None else 0,
         )
 
     def welcomed(self, welcome: agent_pb2.Welcome) -> None:
         self._welcome = welcome
         log.info("session.open", agent=welcome.agent_id)
+        self._cached = set()
+        self._say_cached(set(), whole=True)
+        self._cache_changed.set()
         if self._job is not None:
             self._job.rebuild_timeout_s = welcome.rebuild_timeout_ms / 1000
             self._job.resync()
@@ -368,6 +422,8 @@ class Agent:
                 self._idle = message.idle
                 if job is not None or self._leaving:
                     self._unassigned(message.idle.reason)
+            case "revoked":
+                self._peers.service.revoke(message.revoked.agent_id)
             case "drain":
                 self._draining = message.drain.reason or "the operator asked for it"
             case _:
@@ -388,8 +444,13 @@ class Agent:
             case "leave":
                 self.leave("its owner said so")
                 return {"leaving": self._leaving}
+            case "lend" | "keep":
+                self.lend(command == "lend")
+                return {"lends_cache": command == "lend"}
             case _:
-                return {"error": f"command {command!r} is unknown; known are status, drain, leave"}
+                return {
+                    "error": f"command {command!r} is unknown; known are status, drain, leave, lend, keep"
+                }
 
     def status(self) -> dict[str, Any]:
         return {
@@ -404,6 +465,9 @@ class Agent:
             "gpus": [gpu.name for gpu in self._probe.gpus],
             "torch": self._probe.torch_version,
             "disk_free_bytes": self._disk_free,
+            "lends_cache": self._peers.service.allowed,
+            "peer_port": self._peers.port,
+            "served_bytes": self._peers.service.served_bytes,
             "certificate_expires": validity(self._identity)[1].isoformat(),
             "job": self._job.status() if self._job is not None else None,
             "idle": None

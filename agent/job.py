@@ -13,6 +13,7 @@ import random
 import re
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -21,7 +22,7 @@ import grpc.aio
 import structlog
 
 from agent import control
-from agent.blobs import BlobClient, Checkpoint, ShardReports, dataset_digests
+from agent.blobs import BlobClient, Checkpoint, Piece, ShardReports, dataset_pieces
 from agent.errors import BlobError
 from agent.home import Home, JobFiles, write_atomically
 from agent.ledger import Ledger
@@ -147,6 +148,24 @@ class Tasks:
         await asyncio.gather(*running, return_exceptions=True)
 
 
+@dataclass(slots=True, kw_only=True)
+class Haul:
+    """A dataset or checkpoint on its way into the cache."""
+
+    what: str
+    total: int
+    done: int = 0
+    sources: Counter[str] = field(default_factory=Counter)
+
+    def moved(self, source: str, count: int) -> None:
+        self.done += count
+        if count > 0:
+            self.sources[source] += count
+
+    def status(self) -> dict[str, Any]:
+        return {"what": self.what, "bytes": self.done, "of_bytes": self.total, "from": dict(self.sources)}
+
+
 class JobRun:
     """Serves one assignment until `stop`.  Construct, `start`, then feed it what the coordinator says."""
 
@@ -207,7 +226,8 @@ class JobRun:
         self._thread: threading.Thread | None = None
         self._announce_wanted = asyncio.Event()
         self._checkpoints: dict[int, set[str]] = {}
-        self._dataset: tuple[str, ...] = ()
+        self._dataset: tuple[Piece, ...] = ()
+        self.haul: Haul | None = None
 
     # ------------------------------------------------------------------ preparing
 
@@ -245,24 +265,29 @@ class JobRun:
         await asyncio.to_thread(write_atomically, self._files.spec, self._assignment.spec_json.encode())
         if not self._assignment.dataset_json:
             return
-        self._dataset = dataset_digests(self._assignment.dataset_json)
-        await self._fetch_all(self._dataset)
+        self._dataset = dataset_pieces(self._assignment.dataset_json)
+        await self._fetch_all("dataset", self._dataset)
         manifest = self._files.data / "manifest.json"
         await asyncio.to_thread(write_atomically, manifest, self._assignment.dataset_json.encode())
 
-    async def _fetch_all(self, digests: tuple[str, ...]) -> None:
+    async def _fetch_all(self, what: str, pieces: tuple[Piece, ...], *, recheck: bool = False) -> None:
         free = asyncio.Semaphore(FETCHES_AT_ONCE)
+        haul = self.haul = Haul(what=what, total=sum(piece.bytes for piece in pieces))
 
-        async def fetch(digest: str) -> None:
+        async def fetch(piece: Piece) -> None:
             async with free:
-                await self._blobs.fetch(digest)
+                await self._blobs.fetch(piece, haul.moved, recheck=recheck)
 
         try:
             async with asyncio.TaskGroup() as group:
-                for digest in digests:
-                    group.create_task(fetch(digest))
+                for piece in pieces:
+                    group.create_task(fetch(piece))
         except BaseExceptionGroup as errors:
             raise errors.exceptions[0] from None
+        finally:
+            if self.haul is haul:
+                self.haul = None
+        log.info("job.fetched", job=self.job_id, what=what, bytes=haul.total, sources=dict(haul.sources))
 
     def _run_seat(self) -> None:
         assert self._seat is not None
@@ -440,6 +465,7 @@ class JobRun:
 
     def _shard(self, message: control.Shard) -> None:
         self._checkpoints.setdefault(message.step, set()).add(message.digest)
+        self._blobs.cache.changed()
         self._forget_checkpoints()
         self._reports.add(
             agent_pb2.ReportShardRequest(
@@ -461,7 +487,7 @@ class JobRun:
 
     def blobs_in_use(self) -> set[str]:
         """What the cache must not evict for this job."""
-        return set(self._dataset).union(*self._checkpoints.values())
+        return {piece.digest for piece in self._dataset}.union(*self._checkpoints.values())
 
     def _failed(self, slot: Slot, message: control.Failed) -> None:
         kind = _KINDS.get(message.kind, agent_pb2.FAILURE_KIND_PROGRAM)
@@ -641,9 +667,7 @@ class JobRun:
         delay_s, step = 0.2, checkpoint.step
         while True:
             try:
-                for digest in checkpoint.digests:
-                    await asyncio.to_thread(self._blobs.cache.recheck, digest)
-                await self._fetch_all(checkpoint.digests)
+                await self._fetch_all(f"checkpoint {step}", checkpoint.pieces, recheck=True)
                 await asyncio.to_thread(
                     write_atomically, self._files.manifest(step), plan.checkpoint_json.encode()
                 )
@@ -660,7 +684,7 @@ class JobRun:
                 log.warning("restore.waiting", job=self.job_id, step=step, why=error.details())
             await asyncio.sleep(delay_s * random.uniform(0.5, 1.0))
             delay_s = min(delay_s * 2, LONGEST_DELAY_S)
-        self._checkpoints[step] = set(checkpoint.digests)
+        self._checkpoints[step] = {piece.digest for piece in checkpoint.pieces}
         self._forget_checkpoints()
         self._hand_out(plan, member, checkpoint)
 
@@ -852,6 +876,8 @@ class JobRun:
 
     @property
     def activity(self) -> str:
+        if self.haul is not None:
+            return "fetching"
         if not self.lobby.pids:
             return "preparing"
         if not self.member_of:
@@ -871,6 +897,7 @@ class JobRun:
             "step": self.step,
             "tokens_per_s": round(self.tokens_per_s, 1),
             "unacknowledged_steps": len(self.ledger),
+            "fetching": self.haul.status() if self.haul is not None else None,
             "shards_waiting": self._reports.outstanding(self.job_id),
             "problem": self.problem,
             "workers": [

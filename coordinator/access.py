@@ -41,6 +41,7 @@ MAIN_RULES: dict[str, frozenset[Role]] = {
     "/muster.v1.AgentService/PutBlob": _AGENT,
     "/muster.v1.AgentService/PresignPut": _AGENT,
     "/muster.v1.AgentService/PresignGet": _AGENT,
+    "/muster.v1.AgentService/FindSources": _AGENT,
     "/muster.v1.AgentService/ReportShard": _AGENT,
     "/muster.v1.AdminService/SubmitJob": _ADMIN,
     "/muster.v1.AdminService/CommandJob": _ADMIN,

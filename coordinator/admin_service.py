@@ -16,6 +16,7 @@ from coordinator import jobfile, names, translate, views
 from coordinator.access import CallRefusedError, caller
 from coordinator.blob_service import BlobService
 from coordinator.blobs import BlobStore
+from coordinator.caches import Caches
 from coordinator.core.model import (
     ENDED,
     Agent,
@@ -53,6 +54,7 @@ class AdminService(admin_pb2_grpc.AdminServiceServicer):
         journal: Journal,
         blobs: BlobStore,
         blob_service: BlobService,
+        caches: Caches,
         logs: LogBook,
         fingerprint: str,
         enroll_port: Callable[[], int],
@@ -61,6 +63,7 @@ class AdminService(admin_pb2_grpc.AdminServiceServicer):
         self._journal = journal
         self._blobs = blobs
         self._blob_service = blob_service
+        self._caches = caches
         self._logs = logs
         self._fingerprint = fingerprint
         self._enroll_port = enroll_port
@@ -82,9 +85,16 @@ class AdminService(admin_pb2_grpc.AdminServiceServicer):
     async def _job_view(self, job_id: JobId) -> admin_pb2.View:
         def look(state: State, _: int) -> views.View:
             job = state.jobs[job_id]
-            return {**views.job(state, job, self._loop.latest_step), "spec": json.loads(job.spec.spec_json)}
+            view = self._view_of(state, job)
+            return {**view, "spec": json.loads(job.spec.spec_json)}
 
         return _view(await self._loop.query(look))
+
+    def _view_of(self, state: State, job: Job) -> views.View:
+        fetching = {
+            agent_id: cache.fetched for agent_id in job.assigned if (cache := self._caches.of(agent_id))
+        }
+        return views.job(state, job, self._loop.latest_step, fetching)
 
     # ----------------------------------------------------------------------------- jobs
 
@@ -127,7 +137,7 @@ class AdminService(admin_pb2_grpc.AdminServiceServicer):
     ) -> admin_pb2.Views:
         def look(state: State, _: int) -> list[views.View]:
             return [
-                views.job(state, job, self._loop.latest_step)
+                self._view_of(state, job)
                 for job in state.jobs.values()
                 if request.all or job.phase not in ENDED
             ]
@@ -148,7 +158,7 @@ class AdminService(admin_pb2_grpc.AdminServiceServicer):
 
         def look(state: State, now_ms: int) -> list[views.View]:
             return [
-                views.agent(state, agent, now_ms)
+                views.agent(state, agent, now_ms, self._caches.of(agent.agent_id))
                 for agent in state.agents.values()
                 if request.all or agent.presence in here
             ]
@@ -159,7 +169,8 @@ class AdminService(admin_pb2_grpc.AdminServiceServicer):
         self, request: admin_pb2.AgentRef, _context: grpc.aio.ServicerContext
     ) -> admin_pb2.View:
         def look(state: State, now_ms: int) -> views.View:
-            return views.agent(state, names.agent(state, request.agent), now_ms)
+            agent = names.agent(state, request.agent)
+            return views.agent(state, agent, now_ms, self._caches.of(agent.agent_id))
 
         return _view(await self._loop.query(look))
 

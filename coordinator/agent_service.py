@@ -17,6 +17,7 @@ from coordinator import names, translate
 from coordinator.access import CallRefusedError, caller, calling_agent
 from coordinator.blob_service import BlobService
 from coordinator.blobs import BlobStore
+from coordinator.caches import Caches
 from coordinator.config import Limits
 from coordinator.core.model import (
     AgentId,
@@ -120,11 +121,13 @@ class AgentService(agent_pb2_grpc.AgentServiceServicer):
         agent_ttl: dt.timedelta,
         blobs: BlobStore,
         blob_service: BlobService,
+        caches: Caches,
         logs: LogBook,
         limits: Limits,
     ) -> None:
         self._loop = loop
         self._sessions = sessions
+        self._caches = caches
         self._authority = authority
         self._agent_ttl = agent_ttl
         self._blobs = blobs
@@ -173,6 +176,14 @@ class AgentService(agent_pb2_grpc.AgentServiceServicer):
     ) -> agent_pb2.PresignGetReply:
         return await self._blob_service.presign_get(request)
 
+    async def FindSources(  # noqa: N802
+        self, request: agent_pb2.FindSourcesRequest, _context: grpc.aio.ServicerContext
+    ) -> agent_pb2.FindSourcesReply:
+        agent_id = calling_agent()
+        digests = translate.wanted_sources(request)
+        found = await self._loop.query(lambda state, _: self._caches.sources(state, agent_id, digests))
+        return await asyncio.to_thread(self._caches.reply, agent_id, found)
+
     async def ReportShard(  # noqa: N802
         self, request: agent_pb2.ReportShardRequest, _context: grpc.aio.ServicerContext
     ) -> agent_pb2.ReportShardReply:
@@ -216,6 +227,7 @@ class AgentService(agent_pb2_grpc.AgentServiceServicer):
             await asyncio.wait({writing})
         finally:
             self._sessions.close(session)
+            self._caches.closed(agent_id, session.session_id)
             self._loop.post(SessionClosed(agent_id=agent_id, session_id=session.session_id))
             bound.info("session closed")
             reading.cancel()
@@ -285,6 +297,7 @@ class AgentService(agent_pb2_grpc.AgentServiceServicer):
             if not isinstance(reply, Refused):
                 session.send(translate.welcome(session.agent_id, state.timing))
                 self._sessions.open(session)
+                self._caches.opened(session.agent_id, session.session_id)
 
         reply = await self._loop.submit(event, released=welcome)
         if isinstance(reply, Refused):
@@ -301,6 +314,7 @@ class AgentService(agent_pb2_grpc.AgentServiceServicer):
             case "heartbeat":
                 beat = message.heartbeat
                 reply = await self._loop.submit(translate.heartbeat(beat, agent_id, session.session_id))
+                self._caches.fetching(agent_id, session.session_id, *translate.fetching(beat))
                 session.send(
                     agent_pb2.CoordinatorMessage(heartbeat_ack=agent_pb2.HeartbeatAck(sequence=beat.sequence))
                 )
@@ -308,6 +322,17 @@ class AgentService(agent_pb2_grpc.AgentServiceServicer):
                 reply = await self._progress(session, message.progress)
             case "logs":
                 self._keep_lines(agent_id, message.logs)
+                return
+            case "cached":
+                added, removed, port = translate.cached(message.cached)
+                self._caches.heard(
+                    agent_id,
+                    session.session_id,
+                    whole=message.cached.whole,
+                    added=added,
+                    removed=removed,
+                    port=port,
+                )
                 return
             case _:
                 reply = await self._loop.submit(translate.report(message, agent_id))

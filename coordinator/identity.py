@@ -21,7 +21,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
-from protos.wire import SERVER_NAME, Identity
+from protos.wire import SERVER_NAME, Identity, peer_name
 
 AUTHORITY_TTL = dt.timedelta(days=3650)
 SERVER_TTL = dt.timedelta(days=397)
@@ -185,8 +185,8 @@ class Authority:
         public_key: ec.EllipticCurvePublicKey,
         *,
         subject: str,
-        name: x509.GeneralName,
-        purpose: x509.ObjectIdentifier,
+        names: list[x509.GeneralName],
+        purposes: list[x509.ObjectIdentifier],
         ttl: dt.timedelta,
     ) -> Issued:
         now = _now()
@@ -201,8 +201,8 @@ class Authority:
             .not_valid_after(not_after)
             .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
             .add_extension(_LEAF_USAGE, critical=True)
-            .add_extension(x509.ExtendedKeyUsage([purpose]), critical=True)
-            .add_extension(x509.SubjectAlternativeName([name]), critical=False)
+            .add_extension(x509.ExtendedKeyUsage(purposes), critical=True)
+            .add_extension(x509.SubjectAlternativeName(names), critical=False)
             .add_extension(
                 x509.AuthorityKeyIdentifier.from_issuer_public_key(self._key.public_key()), critical=False
             )
@@ -217,15 +217,18 @@ class Authority:
     def issue_client(
         self, public_key: ec.EllipticCurvePublicKey, role: Role, id_: str, ttl: dt.timedelta
     ) -> Issued:
-        """A certificate that says its holder is muster://role/id."""
-        uri = f"muster://{role.value}/{id_}"
-        return self._sign(
-            public_key,
-            subject=id_,
-            name=x509.UniformResourceIdentifier(uri),
-            purpose=ExtendedKeyUsageOID.CLIENT_AUTH,
-            ttl=ttl,
-        )
+        """A certificate that says its holder is muster://role/id.  An agent may also serve with it, to other
+        agents, under a name that is no coordinator's."""
+        names: list[x509.GeneralName] = [x509.UniformResourceIdentifier(f"muster://{role.value}/{id_}")]
+        purposes = [ExtendedKeyUsageOID.CLIENT_AUTH]
+        if role is Role.AGENT:
+            names.append(x509.DNSName(peer_name(id_)))
+            purposes.append(ExtendedKeyUsageOID.SERVER_AUTH)
+        return self._sign(public_key, subject=id_, names=names, purposes=purposes, ttl=ttl)
+
+    def sign(self, text: bytes) -> bytes:
+        """ECDSA (SHA-256, DER) over a text that no other use of the key could mean: see protos/ticket.py."""
+        return self._key.sign(text, ec.ECDSA(hashes.SHA256()))
 
     def issue_operator(self, role: Role, name: str, address: str) -> Identity:
         """A whole identity, key included, for an admin or observer."""
@@ -245,8 +248,8 @@ class Authority:
         issued = self._sign(
             key.public_key(),
             subject=SERVER_NAME,
-            name=x509.DNSName(SERVER_NAME),
-            purpose=ExtendedKeyUsageOID.SERVER_AUTH,
+            names=[x509.DNSName(SERVER_NAME)],
+            purposes=[ExtendedKeyUsageOID.SERVER_AUTH],
             ttl=SERVER_TTL,
         )
         write_private(home / "server.key", _key_pem(key))

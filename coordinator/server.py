@@ -23,9 +23,10 @@ from coordinator.admin_service import AdminService
 from coordinator.agent_service import AgentService, EnrollService
 from coordinator.blob_service import BlobService
 from coordinator.blobs import BlobStore, DirectoryStore
+from coordinator.caches import Caches
 from coordinator.clock import Clock
 from coordinator.config import Blobs, CoordinatorConfig
-from coordinator.core.model import CoordinatorStarted, Push, State
+from coordinator.core.model import AgentId, CoordinatorStarted, Push, State
 from coordinator.identity import Authority, RevokedOperators
 from coordinator.journal import Journal
 from coordinator.logs import LogBook, LogFile
@@ -36,7 +37,7 @@ from coordinator.rates import Buckets
 from coordinator.sessions import Sessions
 from coordinator.sweep import Sweeper
 from coordinator.translate import go_away, push
-from protos import admin_pb2_grpc, agent_pb2_grpc
+from protos import admin_pb2_grpc, agent_pb2, agent_pb2_grpc
 from protos.wire import SERVER_OPTIONS, split_address
 
 log = structlog.get_logger("coordinator.server")
@@ -99,6 +100,7 @@ class Coordinator:
             self._lock.close()
             raise
         self.sessions = Sessions()
+        self.caches = Caches(self._authority.sign, self._tell_revoked)
         self.metrics = Metrics(lambda: self._state, lambda: len(self.sessions), lambda: self.logs.dropped)
         self._sweeper = Sweeper(self._store, blobs)
         self.loop = self._make_loop(self._state)
@@ -111,7 +113,7 @@ class Coordinator:
     def _make_loop(self, state: State) -> Loop:
         # A stopped process must not cost an agent its lease: no gap counts for more than two heartbeats.
         wait_ms = min(1_000, state.timing.heartbeat_ms)
-        observers: list[Observer] = [self.metrics, self._sweeper]
+        observers: list[Observer] = [self.metrics, self._sweeper, self.caches]
         return Loop(
             state=state,
             latest_step={
@@ -130,6 +132,10 @@ class Coordinator:
         session = self.sessions.of(message.agent_id)
         if session is not None and (wire := push(message, self._state)) is not None:
             session.send(wire)
+
+    def _tell_revoked(self, agent_id: AgentId) -> None:
+        revoked = agent_pb2.Revoked(agent_id=agent_id)
+        self.sessions.send_all(agent_pb2.CoordinatorMessage(revoked=revoked))
 
     async def start(self) -> Addresses:
         """Listen on all ports; returns where.  Raise StartError if an address cannot be had."""
@@ -180,6 +186,7 @@ class Coordinator:
             agent_ttl=dt.timedelta(milliseconds=config.certificates.agent_ttl),
             blobs=self._store,
             blob_service=blob_service,
+            caches=self.caches,
             logs=self.logs,
             limits=limits,
         )
@@ -188,6 +195,7 @@ class Coordinator:
             journal=self.journal,
             blobs=self._store,
             blob_service=blob_service,
+            caches=self.caches,
             logs=self.logs,
             fingerprint=self._authority.fingerprint,
             enroll_port=lambda: split_address(self.addresses.enroll)[1],

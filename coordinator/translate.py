@@ -49,6 +49,7 @@ from coordinator.core.model import (
     Timing,
     TokenId,
     WorkerFailedReceived,
+    WrongBytesReported,
 )
 from coordinator.journal import EvaluationRow, StepRow
 from coordinator.logs import NewLine
@@ -61,6 +62,8 @@ MAX_EVALUATIONS = 100
 MAX_LOG_LINES = 200
 MAX_LOG_CHARS = 4_096
 MAX_DIGESTS = 10_000
+MAX_CACHED = 4_096
+MAX_WANTED = 64
 MAX_SHARDS = 16_384  # a manifest must fit into one message, with room
 MAX_HEADER_BYTES = 512 * 1024
 MAX_DATASET_BYTES = 2 * 1024 * 1024
@@ -166,6 +169,28 @@ def blob_header(request: agent_pb2.PutBlobRequest) -> tuple[str, int]:
 def presign_put(request: agent_pb2.PresignPutRequest) -> tuple[str, int]:
     """The digest and size of a blob that the caller wants to send to the object store."""
     return digest(request.digest), _whole(request.bytes, "bytes")
+
+
+def cached(message: agent_pb2.Cached) -> tuple[list[str], list[str], int]:
+    """Digests that came to an agent's cache and that went, and the port where it serves them."""
+    return (
+        _raw_digests(message.added, "cached.added"),
+        _raw_digests(message.removed, "cached.removed"),
+        _whole(message.peer_port, "cached.peer_port", 65_535),
+    )
+
+
+def _raw_digests(values: Any, field: str) -> list[str]:
+    for at, value in enumerate(_few(values, field, MAX_CACHED)):
+        if len(value) != 32:
+            raise MalformedError(f"{field}[{at}]: {len(value)} bytes; expected the 32 of a SHA-256")
+    return [value.hex() for value in values]
+
+
+def wanted_sources(request: agent_pb2.FindSourcesRequest) -> list[str]:
+    """The digests asked for, each once."""
+    found = _few(request.digests, "digests", MAX_WANTED)
+    return list(dict.fromkeys(digest(one, f"digests[{index}]") for index, one in enumerate(found)))
 
 
 def blob_data(request: agent_pb2.PutBlobRequest) -> bytes:
@@ -361,6 +386,12 @@ def heartbeat(message: agent_pb2.Heartbeat, agent_id: AgentId, session_id: Sessi
     )
 
 
+def fetching(message: agent_pb2.Heartbeat) -> tuple[int, int]:
+    """Bytes that are there and bytes in all, of what the agent is fetching."""
+    total = _whole(message.transfer_total, "heartbeat.transfer_total")
+    return _whole(message.transfer_bytes, "heartbeat.transfer_bytes", total), total
+
+
 def progress(
     message: agent_pb2.Progress, agent_id: AgentId, at_ms: int
 ) -> tuple[ProgressReceived | None, tuple[StepRow, ...], tuple[EvaluationRow, ...]]:
@@ -496,6 +527,13 @@ def report(message: agent_pb2.AgentMessage, agent_id: AgentId) -> Event:
             return GoodbyeReceived(agent_id=agent_id, reason=reason(message.goodbye.reason, "goodbye.reason"))
         case "leaving":
             return LeaveAsked(agent_id=agent_id, reason=reason(message.leaving.reason, "leaving.reason"))
+        case "peer_fault":
+            fault = message.peer_fault
+            return WrongBytesReported(
+                agent_id=agent_id,
+                peer_id=AgentId(_text(fault.agent_id, "peer_fault.agent_id", 64, least=1)),
+                digest=digest(fault.digest, "peer_fault.digest"),
+            )
         case "hello":
             raise MalformedError("hello: sent twice in one session; it is the first message only")
         case other:

@@ -10,11 +10,13 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from coordinator.caches import Cache
 from coordinator.core.forming import why
 from coordinator.core.matching import unmet
 from coordinator.core.model import (
     ENDED,
     Agent,
+    AgentId,
     Checkpoint,
     Generation,
     Job,
@@ -34,8 +36,13 @@ def dump(view: View) -> str:
     return json.dumps(view, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
 
 
-def job(state: State, one: Job, latest: Mapping[str, StepRow]) -> View:
-    """One job."""
+def job(
+    state: State,
+    one: Job,
+    latest: Mapping[str, StepRow],
+    fetching: Mapping[AgentId, tuple[int, int]] | None = None,
+) -> View:
+    """One job; `fetching` says of its agents how many bytes they have of how many that they need."""
     spec = one.spec
     newest = one.checkpoints[-1] if one.checkpoints else None
     members = () if one.generation is None else one.generation.members
@@ -56,6 +63,11 @@ def job(state: State, one: Job, latest: Mapping[str, StepRow]) -> View:
         "min_nodes": spec.min_nodes,
         "max_nodes": spec.max_nodes,
         "generation": None if one.generation is None else _generation(state, one.generation),
+        "fetching": [
+            {**_who(state, agent_id), **_fetching(fetched)}
+            for agent_id, fetched in (fetching or {}).items()
+            if fetched[1]
+        ],
         "assigned": [_who(state, agent_id) for agent_id in one.assigned],
         "standbys": [_who(state, agent_id) for agent_id in one.assigned if agent_id not in member_ids],
         "committed_step": one.committed_step,
@@ -156,8 +168,12 @@ def waiting_text(not_yet: NotYet) -> str:
             return str(other.value).replace("_", " ")
 
 
-def agent(state: State, one: Agent, now_ms: int) -> View:
-    """One agent."""
+def _fetching(fetched: tuple[int, int]) -> View:
+    return {"bytes": fetched[0], "of_bytes": fetched[1]}
+
+
+def agent(state: State, one: Agent, now_ms: int, cache: Cache | None = None) -> View:
+    """One agent, and what it says of its cache in the session that is open."""
     facts = one.facts
     serving = None if one.job_id is None else state.jobs.get(one.job_id)
     live = [each for each in state.jobs.values() if each.phase not in ENDED]
@@ -188,6 +204,10 @@ def agent(state: State, one: Agent, now_ms: int) -> View:
         "disk_free_bytes": one.disk_free_bytes or facts.disk_free_bytes,
         "lease_left_ms": max(0, one.lease_until_ms - now_ms),
         "strikes": one.strikes,
+        "fetching": _fetching(cache.fetched) if cache is not None and cache.fetched[1] else None,
+        "cached_blobs": 0 if cache is None else len(cache.blobs),
+        "lends_cache": cache is not None and cache.port > 0,
+        "served_wrong_bytes_to": list(one.accusers),
         "torchrun_job": one.torchrun_job or None,
         "unmet": {each.spec.name: missing for each in live if (missing := list(unmet(each.spec, one)))},
         "facts": {

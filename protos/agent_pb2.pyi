@@ -213,18 +213,22 @@ class Membership(_message.Message):
     def __init__(self, job_id: _Optional[str] = ..., generation: _Optional[int] = ...) -> None: ...
 
 class Heartbeat(_message.Message):
-    __slots__ = ("sequence", "disk_free_bytes", "step", "activity", "tokens_per_s")
+    __slots__ = ("sequence", "disk_free_bytes", "step", "activity", "tokens_per_s", "transfer_bytes", "transfer_total")
     SEQUENCE_FIELD_NUMBER: _ClassVar[int]
     DISK_FREE_BYTES_FIELD_NUMBER: _ClassVar[int]
     STEP_FIELD_NUMBER: _ClassVar[int]
     ACTIVITY_FIELD_NUMBER: _ClassVar[int]
     TOKENS_PER_S_FIELD_NUMBER: _ClassVar[int]
+    TRANSFER_BYTES_FIELD_NUMBER: _ClassVar[int]
+    TRANSFER_TOTAL_FIELD_NUMBER: _ClassVar[int]
     sequence: int
     disk_free_bytes: int
     step: int
     activity: str
     tokens_per_s: float
-    def __init__(self, sequence: _Optional[int] = ..., disk_free_bytes: _Optional[int] = ..., step: _Optional[int] = ..., activity: _Optional[str] = ..., tokens_per_s: _Optional[float] = ...) -> None: ...
+    transfer_bytes: int
+    transfer_total: int
+    def __init__(self, sequence: _Optional[int] = ..., disk_free_bytes: _Optional[int] = ..., step: _Optional[int] = ..., activity: _Optional[str] = ..., tokens_per_s: _Optional[float] = ..., transfer_bytes: _Optional[int] = ..., transfer_total: _Optional[int] = ...) -> None: ...
 
 class Ready(_message.Message):
     __slots__ = ("job_id", "store_host", "store_port", "step", "holds_state", "state_digest", "assignment", "generation")
@@ -356,8 +360,28 @@ class LogLines(_message.Message):
     lines: _containers.RepeatedScalarFieldContainer[str]
     def __init__(self, job_id: _Optional[str] = ..., lines: _Optional[_Iterable[str]] = ...) -> None: ...
 
+class Cached(_message.Message):
+    __slots__ = ("whole", "added", "removed", "peer_port")
+    WHOLE_FIELD_NUMBER: _ClassVar[int]
+    ADDED_FIELD_NUMBER: _ClassVar[int]
+    REMOVED_FIELD_NUMBER: _ClassVar[int]
+    PEER_PORT_FIELD_NUMBER: _ClassVar[int]
+    whole: bool
+    added: _containers.RepeatedScalarFieldContainer[bytes]
+    removed: _containers.RepeatedScalarFieldContainer[bytes]
+    peer_port: int
+    def __init__(self, whole: _Optional[bool] = ..., added: _Optional[_Iterable[bytes]] = ..., removed: _Optional[_Iterable[bytes]] = ..., peer_port: _Optional[int] = ...) -> None: ...
+
+class PeerFault(_message.Message):
+    __slots__ = ("agent_id", "digest")
+    AGENT_ID_FIELD_NUMBER: _ClassVar[int]
+    DIGEST_FIELD_NUMBER: _ClassVar[int]
+    agent_id: str
+    digest: str
+    def __init__(self, agent_id: _Optional[str] = ..., digest: _Optional[str] = ...) -> None: ...
+
 class AgentMessage(_message.Message):
-    __slots__ = ("hello", "heartbeat", "ready", "formed", "progress", "failed", "finished", "released", "goodbye", "logs", "leaving")
+    __slots__ = ("hello", "heartbeat", "ready", "formed", "progress", "failed", "finished", "released", "goodbye", "logs", "leaving", "cached", "peer_fault")
     HELLO_FIELD_NUMBER: _ClassVar[int]
     HEARTBEAT_FIELD_NUMBER: _ClassVar[int]
     READY_FIELD_NUMBER: _ClassVar[int]
@@ -369,6 +393,8 @@ class AgentMessage(_message.Message):
     GOODBYE_FIELD_NUMBER: _ClassVar[int]
     LOGS_FIELD_NUMBER: _ClassVar[int]
     LEAVING_FIELD_NUMBER: _ClassVar[int]
+    CACHED_FIELD_NUMBER: _ClassVar[int]
+    PEER_FAULT_FIELD_NUMBER: _ClassVar[int]
     hello: Hello
     heartbeat: Heartbeat
     ready: Ready
@@ -380,7 +406,9 @@ class AgentMessage(_message.Message):
     goodbye: Goodbye
     logs: LogLines
     leaving: Leaving
-    def __init__(self, hello: _Optional[_Union[Hello, _Mapping]] = ..., heartbeat: _Optional[_Union[Heartbeat, _Mapping]] = ..., ready: _Optional[_Union[Ready, _Mapping]] = ..., formed: _Optional[_Union[Formed, _Mapping]] = ..., progress: _Optional[_Union[Progress, _Mapping]] = ..., failed: _Optional[_Union[WorkerFailed, _Mapping]] = ..., finished: _Optional[_Union[Finished, _Mapping]] = ..., released: _Optional[_Union[Released, _Mapping]] = ..., goodbye: _Optional[_Union[Goodbye, _Mapping]] = ..., logs: _Optional[_Union[LogLines, _Mapping]] = ..., leaving: _Optional[_Union[Leaving, _Mapping]] = ...) -> None: ...
+    cached: Cached
+    peer_fault: PeerFault
+    def __init__(self, hello: _Optional[_Union[Hello, _Mapping]] = ..., heartbeat: _Optional[_Union[Heartbeat, _Mapping]] = ..., ready: _Optional[_Union[Ready, _Mapping]] = ..., formed: _Optional[_Union[Formed, _Mapping]] = ..., progress: _Optional[_Union[Progress, _Mapping]] = ..., failed: _Optional[_Union[WorkerFailed, _Mapping]] = ..., finished: _Optional[_Union[Finished, _Mapping]] = ..., released: _Optional[_Union[Released, _Mapping]] = ..., goodbye: _Optional[_Union[Goodbye, _Mapping]] = ..., logs: _Optional[_Union[LogLines, _Mapping]] = ..., leaving: _Optional[_Union[Leaving, _Mapping]] = ..., cached: _Optional[_Union[Cached, _Mapping]] = ..., peer_fault: _Optional[_Union[PeerFault, _Mapping]] = ...) -> None: ...
 
 class Welcome(_message.Message):
     __slots__ = ("agent_id", "heartbeat_interval_ms", "lease_ms", "rebuild_timeout_ms", "grace_ms")
@@ -514,8 +542,14 @@ class Drain(_message.Message):
     reason: str
     def __init__(self, reason: _Optional[str] = ...) -> None: ...
 
+class Revoked(_message.Message):
+    __slots__ = ("agent_id",)
+    AGENT_ID_FIELD_NUMBER: _ClassVar[int]
+    agent_id: str
+    def __init__(self, agent_id: _Optional[str] = ...) -> None: ...
+
 class CoordinatorMessage(_message.Message):
-    __slots__ = ("welcome", "heartbeat_ack", "progress_ack", "assignment", "unassign", "plan", "take_checkpoint", "go_away", "idle", "drain")
+    __slots__ = ("welcome", "heartbeat_ack", "progress_ack", "assignment", "unassign", "plan", "take_checkpoint", "go_away", "idle", "drain", "revoked")
     WELCOME_FIELD_NUMBER: _ClassVar[int]
     HEARTBEAT_ACK_FIELD_NUMBER: _ClassVar[int]
     PROGRESS_ACK_FIELD_NUMBER: _ClassVar[int]
@@ -526,6 +560,7 @@ class CoordinatorMessage(_message.Message):
     GO_AWAY_FIELD_NUMBER: _ClassVar[int]
     IDLE_FIELD_NUMBER: _ClassVar[int]
     DRAIN_FIELD_NUMBER: _ClassVar[int]
+    REVOKED_FIELD_NUMBER: _ClassVar[int]
     welcome: Welcome
     heartbeat_ack: HeartbeatAck
     progress_ack: ProgressAck
@@ -536,7 +571,8 @@ class CoordinatorMessage(_message.Message):
     go_away: GoAway
     idle: Idle
     drain: Drain
-    def __init__(self, welcome: _Optional[_Union[Welcome, _Mapping]] = ..., heartbeat_ack: _Optional[_Union[HeartbeatAck, _Mapping]] = ..., progress_ack: _Optional[_Union[ProgressAck, _Mapping]] = ..., assignment: _Optional[_Union[Assignment, _Mapping]] = ..., unassign: _Optional[_Union[Unassign, _Mapping]] = ..., plan: _Optional[_Union[Plan, _Mapping]] = ..., take_checkpoint: _Optional[_Union[TakeCheckpoint, _Mapping]] = ..., go_away: _Optional[_Union[GoAway, _Mapping]] = ..., idle: _Optional[_Union[Idle, _Mapping]] = ..., drain: _Optional[_Union[Drain, _Mapping]] = ...) -> None: ...
+    revoked: Revoked
+    def __init__(self, welcome: _Optional[_Union[Welcome, _Mapping]] = ..., heartbeat_ack: _Optional[_Union[HeartbeatAck, _Mapping]] = ..., progress_ack: _Optional[_Union[ProgressAck, _Mapping]] = ..., assignment: _Optional[_Union[Assignment, _Mapping]] = ..., unassign: _Optional[_Union[Unassign, _Mapping]] = ..., plan: _Optional[_Union[Plan, _Mapping]] = ..., take_checkpoint: _Optional[_Union[TakeCheckpoint, _Mapping]] = ..., go_away: _Optional[_Union[GoAway, _Mapping]] = ..., idle: _Optional[_Union[Idle, _Mapping]] = ..., drain: _Optional[_Union[Drain, _Mapping]] = ..., revoked: _Optional[_Union[Revoked, _Mapping]] = ...) -> None: ...
 
 class BlobChunk(_message.Message):
     __slots__ = ("data",)
@@ -624,6 +660,56 @@ class PresignGetReply(_message.Message):
     url: str
     bytes: int
     def __init__(self, url: _Optional[str] = ..., bytes: _Optional[int] = ...) -> None: ...
+
+class BlobTicket(_message.Message):
+    __slots__ = ("agent_id", "digest", "not_after_unix_s", "signature")
+    AGENT_ID_FIELD_NUMBER: _ClassVar[int]
+    DIGEST_FIELD_NUMBER: _ClassVar[int]
+    NOT_AFTER_UNIX_S_FIELD_NUMBER: _ClassVar[int]
+    SIGNATURE_FIELD_NUMBER: _ClassVar[int]
+    agent_id: str
+    digest: str
+    not_after_unix_s: int
+    signature: bytes
+    def __init__(self, agent_id: _Optional[str] = ..., digest: _Optional[str] = ..., not_after_unix_s: _Optional[int] = ..., signature: _Optional[bytes] = ...) -> None: ...
+
+class FindSourcesRequest(_message.Message):
+    __slots__ = ("digests",)
+    DIGESTS_FIELD_NUMBER: _ClassVar[int]
+    digests: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, digests: _Optional[_Iterable[str]] = ...) -> None: ...
+
+class BlobSource(_message.Message):
+    __slots__ = ("agent_id", "host", "port")
+    AGENT_ID_FIELD_NUMBER: _ClassVar[int]
+    HOST_FIELD_NUMBER: _ClassVar[int]
+    PORT_FIELD_NUMBER: _ClassVar[int]
+    agent_id: str
+    host: str
+    port: int
+    def __init__(self, agent_id: _Optional[str] = ..., host: _Optional[str] = ..., port: _Optional[int] = ...) -> None: ...
+
+class BlobSources(_message.Message):
+    __slots__ = ("ticket", "sources")
+    TICKET_FIELD_NUMBER: _ClassVar[int]
+    SOURCES_FIELD_NUMBER: _ClassVar[int]
+    ticket: BlobTicket
+    sources: _containers.RepeatedCompositeFieldContainer[BlobSource]
+    def __init__(self, ticket: _Optional[_Union[BlobTicket, _Mapping]] = ..., sources: _Optional[_Iterable[_Union[BlobSource, _Mapping]]] = ...) -> None: ...
+
+class FindSourcesReply(_message.Message):
+    __slots__ = ("blobs",)
+    BLOBS_FIELD_NUMBER: _ClassVar[int]
+    blobs: _containers.RepeatedCompositeFieldContainer[BlobSources]
+    def __init__(self, blobs: _Optional[_Iterable[_Union[BlobSources, _Mapping]]] = ...) -> None: ...
+
+class GetPeerBlobRequest(_message.Message):
+    __slots__ = ("ticket", "offset")
+    TICKET_FIELD_NUMBER: _ClassVar[int]
+    OFFSET_FIELD_NUMBER: _ClassVar[int]
+    ticket: BlobTicket
+    offset: int
+    def __init__(self, ticket: _Optional[_Union[BlobTicket, _Mapping]] = ..., offset: _Optional[int] = ...) -> None: ...
 
 class ReportShardRequest(_message.Message):
     __slots__ = ("job_id", "generation", "step", "index", "count", "digest", "bytes", "state_digest", "header_json")

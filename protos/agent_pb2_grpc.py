@@ -74,6 +74,11 @@ class AgentServiceStub:
                 request_serializer=protos_dot_agent__pb2.PresignGetRequest.SerializeToString,
                 response_deserializer=protos_dot_agent__pb2.PresignGetReply.FromString,
                 _registered_method=True)
+        self.FindSources = channel.unary_unary(
+                '/muster.v1.AgentService/FindSources',
+                request_serializer=protos_dot_agent__pb2.FindSourcesRequest.SerializeToString,
+                response_deserializer=protos_dot_agent__pb2.FindSourcesReply.FromString,
+                _registered_method=True)
         self.ReportShard = channel.unary_unary(
                 '/muster.v1.AgentService/ReportShard',
                 request_serializer=protos_dot_agent__pb2.ReportShardRequest.SerializeToString,
@@ -140,6 +145,13 @@ class AgentServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def FindSources(self, request, context):
+        """Which other agents have blobs in their caches, and the tickets to fetch them there.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def ReportShard(self, request, context):
         """Say that a stored blob is shard `index` of a checkpoint.  What came by a presigned PUT is hashed first.
         """
@@ -189,6 +201,11 @@ def add_AgentServiceServicer_to_server(servicer, server):
                     servicer.PresignGet,
                     request_deserializer=protos_dot_agent__pb2.PresignGetRequest.FromString,
                     response_serializer=protos_dot_agent__pb2.PresignGetReply.SerializeToString,
+            ),
+            'FindSources': grpc.unary_unary_rpc_method_handler(
+                    servicer.FindSources,
+                    request_deserializer=protos_dot_agent__pb2.FindSourcesRequest.FromString,
+                    response_serializer=protos_dot_agent__pb2.FindSourcesReply.SerializeToString,
             ),
             'ReportShard': grpc.unary_unary_rpc_method_handler(
                     servicer.ReportShard,
@@ -423,6 +440,33 @@ class AgentService:
             _registered_method=True)
 
     @staticmethod
+    def FindSources(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/muster.v1.AgentService/FindSources',
+            protos_dot_agent__pb2.FindSourcesRequest.SerializeToString,
+            protos_dot_agent__pb2.FindSourcesReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
     def ReportShard(request,
             target,
             options=(),
@@ -439,6 +483,85 @@ class AgentService:
             '/muster.v1.AgentService/ReportShard',
             protos_dot_agent__pb2.ReportShardRequest.SerializeToString,
             protos_dot_agent__pb2.ReportShardReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+
+class PeerServiceStub:
+    """Served by every agent whose volunteer lends its cache, to other agents of the same authority.  Both sides show
+    certificates; the server's is good for the name "<agent id>.agent.muster.internal".
+    """
+
+    def __init__(self, channel):
+        """Constructor.
+
+        Args:
+            channel: A grpc.Channel.
+        """
+        self.GetBlob = channel.unary_stream(
+                '/muster.v1.PeerService/GetBlob',
+                request_serializer=protos_dot_agent__pb2.GetPeerBlobRequest.SerializeToString,
+                response_deserializer=protos_dot_agent__pb2.BlobChunk.FromString,
+                _registered_method=True)
+
+
+class PeerServiceServicer:
+    """Served by every agent whose volunteer lends its cache, to other agents of the same authority.  Both sides show
+    certificates; the server's is good for the name "<agent id>.agent.muster.internal".
+    """
+
+    def GetBlob(self, request, context):
+        """Download a blob of the cache from an offset on, by a ticket of the coordinator.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+
+def add_PeerServiceServicer_to_server(servicer, server):
+    rpc_method_handlers = {
+            'GetBlob': grpc.unary_stream_rpc_method_handler(
+                    servicer.GetBlob,
+                    request_deserializer=protos_dot_agent__pb2.GetPeerBlobRequest.FromString,
+                    response_serializer=protos_dot_agent__pb2.BlobChunk.SerializeToString,
+            ),
+    }
+    generic_handler = grpc.method_handlers_generic_handler(
+            'muster.v1.PeerService', rpc_method_handlers)
+    server.add_generic_rpc_handlers((generic_handler,))
+    server.add_registered_method_handlers('muster.v1.PeerService', rpc_method_handlers)
+
+
+ # This class is part of an EXPERIMENTAL API.
+class PeerService:
+    """Served by every agent whose volunteer lends its cache, to other agents of the same authority.  Both sides show
+    certificates; the server's is good for the name "<agent id>.agent.muster.internal".
+    """
+
+    @staticmethod
+    def GetBlob(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/muster.v1.PeerService/GetBlob',
+            protos_dot_agent__pb2.GetPeerBlobRequest.SerializeToString,
+            protos_dot_agent__pb2.BlobChunk.FromString,
             options,
             channel_credentials,
             insecure,

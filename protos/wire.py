@@ -26,6 +26,9 @@ SERVER_NAME = "coordinator.muster.internal"
 """The one DNS name in every server certificate.  The authority is private and pinned, and issues it
 to the coordinator only, so clients check this name whatever address they dial."""
 
+PEER_DOMAIN = "agent.muster.internal"
+"""Below it every agent's certificate has a name under which it serves other agents."""
+
 MAX_MESSAGE_BYTES = 4 * 1024 * 1024
 CHUNK_BYTES = 1024 * 1024
 ERROR_DOMAIN = "muster"
@@ -157,8 +160,13 @@ def split_address(text: str) -> tuple[str, int]:
     return host.strip("[]"), int(port)
 
 
-def _options() -> list[tuple[str, int | str]]:
-    return [*CHANNEL_OPTIONS, ("grpc.ssl_target_name_override", SERVER_NAME)]
+def peer_name(agent_id: str) -> str:
+    """The DNS name in an agent's certificate."""
+    return f"{agent_id}.{PEER_DOMAIN}"
+
+
+def _options(name: str = SERVER_NAME) -> list[tuple[str, int | str]]:
+    return [*CHANNEL_OPTIONS, ("grpc.ssl_target_name_override", name)]
 
 
 def _credentials(identity: Identity) -> grpc.ChannelCredentials:
@@ -172,6 +180,11 @@ def _credentials(identity: Identity) -> grpc.ChannelCredentials:
 def aio_channel(identity: Identity, address: str | None = None) -> grpc.aio.Channel:
     """An asyncio channel to the coordinator, mutually authenticated."""
     return grpc.aio.secure_channel(address or identity.address, _credentials(identity), options=_options())
+
+
+def peer_channel(identity: Identity, agent_id: str, address: str) -> grpc.aio.Channel:
+    """An asyncio channel to another agent's PeerService; only that agent can answer it."""
+    return grpc.aio.secure_channel(address, _credentials(identity), options=_options(peer_name(agent_id)))
 
 
 def channel(identity: Identity, address: str | None = None) -> grpc.Channel:

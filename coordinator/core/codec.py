@@ -54,6 +54,8 @@ from coordinator.core.model import (
     MemberFormed,
     MemberLost,
     MemberReleased,
+    PeerAccused,
+    PeerTrusted,
     PendingDropped,
     Record,
     SessionEnded,
@@ -351,6 +353,10 @@ def describe(record: Record) -> str:
             return f"job {record.job_id}: checkpoint {record.step} retired"
         case CheckpointWanted():
             return f"job {record.job_id}: a checkpoint was asked for"
+        case PeerAccused():
+            return f"agent {record.agent_id} served agent {record.by} wrong bytes for blob {record.digest}"
+        case PeerTrusted():
+            return f"agent {record.agent_id} may be asked for blobs again"
         case LeaseRenewed():
             return f"agent {record.agent_id} renewed its lease"
         case SessionEnded():

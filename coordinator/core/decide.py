@@ -15,6 +15,7 @@ from coordinator.core.forming import awaits_leaving, serving
 from coordinator.core.matching import engaged, serves
 from coordinator.core.model import (
     ENDED,
+    MOST_ACCUSERS,
     Agent,
     AgentAction,
     AgentAdmitted,
@@ -63,6 +64,8 @@ from coordinator.core.model import (
     MemberFormed,
     MemberLost,
     MemberReleased,
+    PeerAccused,
+    PeerTrusted,
     Presence,
     ProgressAccepted,
     ProgressReceived,
@@ -88,6 +91,7 @@ from coordinator.core.model import (
     TokenRevoked,
     Why,
     WorkerFailedReceived,
+    WrongBytesReported,
 )
 from coordinator.core.strikes import strike
 
@@ -136,6 +140,7 @@ AgentEvent = (
     | LeaveAsked
     | GoodbyeReceived
     | ShardReported
+    | WrongBytesReported
     | AgentCommanded
 )
 
@@ -180,10 +185,24 @@ def _of_agent(state: State, now_ms: int, event: AgentEvent) -> Decision:
                 AgentLeft(at_ms=now_ms, agent_id=agent.agent_id, reason=event.reason),
                 *_lose_member(state, now_ms, agent, Evidence.GOODBYE, event.reason),
             )
+        case WrongBytesReported():
+            return _accuse(state, now_ms, agent, event)
         case ReadyReceived():
             return _of_job(state, now_ms, agent, event.readiness.job_id, event)
         case _:
             return _of_job(state, now_ms, agent, event.job_id, event)
+
+
+def _accuse(state: State, now_ms: int, agent: Agent, event: WrongBytesReported) -> Decision:
+    """Each accuser counts once, so that nobody fills the journal."""
+    peer = state.agents.get(event.peer_id)
+    if peer is None or peer is agent:
+        return _refuse(Refusal.UNKNOWN_AGENT, f"agent_id: {event.peer_id} is no other agent of this fleet")
+    if agent.job_id is None:
+        return _refuse(Refusal.NOT_A_MEMBER, f"agent {agent.agent_id} serves no job and fetches nothing")
+    if agent.agent_id in peer.accusers or len(peer.accusers) >= MOST_ACCUSERS:
+        return Decision()
+    return _accept(PeerAccused(at_ms=now_ms, agent_id=peer.agent_id, by=agent.agent_id, digest=event.digest))
 
 
 # --------------------------------------------------------------------- admission and tokens
@@ -864,6 +883,8 @@ def _release(now_ms: int, agent: Agent, reason: str) -> list[Record]:
         )
     if agent.draining:
         records.append(AgentDraining(at_ms=now_ms, agent_id=agent.agent_id, draining=False, reason=reason))
+    if agent.accusers:
+        records.append(PeerTrusted(at_ms=now_ms, agent_id=agent.agent_id))
     return records
 
 

@@ -53,6 +53,8 @@ from coordinator.core.model import (
     MemberFormed,
     MemberLost,
     MemberReleased,
+    PeerAccused,
+    PeerTrusted,
     PendingCheckpoint,
     PendingDropped,
     Presence,
@@ -139,6 +141,11 @@ def evolve(state: State, record: Record) -> None:
         case StrikeCounted():
             _set(state, record.agent_id, strikes=record.strikes, last_strike_ms=record.at_ms)
             state.agenda.agents[record.agent_id] = None
+        case PeerAccused():
+            accusers = state.agents[record.agent_id].accusers
+            _set(state, record.agent_id, accusers=(*accusers, record.by))
+        case PeerTrusted():
+            _set(state, record.agent_id, accusers=())
         case AgentAssigned():
             _assign(state, record)
         case AgentUnassigned():

@@ -272,6 +272,7 @@ class Agent:
     torchrun_job: str = ""
     strikes: int = 0
     last_strike_ms: int = 0
+    accusers: tuple[AgentId, ...] = ()  # to whom it served wrong bytes, by their word; at most MOST_ACCUSERS
     last_generation: int = 0  # newest generation of `job_id` that it was planned into and not released from
     failed_generation: int = (
         0  # newest one of `job_id` that its worker's end cost it: a repeated report is told
@@ -289,6 +290,14 @@ class Agent:
     idle_reason: str = ""  # what it was last told when it serves no job
     idle_unmet: tuple[str, ...] = ()
 
+    @property
+    def mistrusted(self) -> bool:
+        """Whether others are no longer sent to its cache.  One agent's word is not enough: it may lie."""
+        return len(self.accusers) >= MISTRUSTED_BY
+
+
+MISTRUSTED_BY = 2
+MOST_ACCUSERS = 16
 
 VOLATILE_OF_AGENT = frozenset(
     {
@@ -593,6 +602,15 @@ class ShardReported:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class WrongBytesReported:
+    """Bytes that `peer_id` alone had served to `agent_id` were not the blob it had asked for."""
+
+    agent_id: AgentId
+    peer_id: AgentId
+    digest: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class JobSubmitted:
     job_id: JobId
     spec: JobSpec
@@ -672,6 +690,7 @@ Event = (
     | LeaveAsked
     | GoodbyeReceived
     | ShardReported
+    | WrongBytesReported
     | JobSubmitted
     | JobCommanded
     | JobScaled
@@ -977,6 +996,24 @@ class CheckpointWanted:
     generation: int
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PeerAccused:
+    """An agent says that the bytes which this one served it were wrong."""
+
+    at_ms: int
+    agent_id: AgentId
+    by: AgentId
+    digest: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PeerTrusted:
+    """The operator does not hold against the agent what others said of the bytes it served."""
+
+    at_ms: int
+    agent_id: AgentId
+
+
 # volatile records: applied to the state, never written to the journal
 
 
@@ -1064,6 +1101,8 @@ DurableRecord = (
     | CheckpointDamaged
     | CheckpointRetired
     | CheckpointWanted
+    | PeerAccused
+    | PeerTrusted
 )
 VolatileRecord = LeaseRenewed | SessionEnded | AgentReadied | AgentIdled | WaitChanged | LeasesRefreshed
 Record = DurableRecord | VolatileRecord

@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator
 import grpc.aio
 import pytest
 
-from agent.blobs import BlobCache, BlobClient, Checkpoint, dataset_digests
+from agent.blobs import BlobCache, BlobClient, Checkpoint, Piece, dataset_pieces
 from agent.errors import BlobError
 from agent.home import Home
 from protos import agent_pb2_grpc, wire
@@ -15,6 +15,7 @@ from tests.agent.fake_coordinator import FakeCoordinator
 
 DATA = bytes(range(256)) * 40
 DIGEST = hashlib.sha256(DATA).hexdigest()
+PIECE = Piece(digest=DIGEST, bytes=len(DATA))
 
 
 @pytest.fixture
@@ -26,8 +27,8 @@ async def blobs(coordinator: FakeCoordinator, home: Home) -> AsyncIterator[BlobC
 
 async def test_blob_is_fetched_once_and_verified(blobs: BlobClient, coordinator: FakeCoordinator) -> None:
     coordinator.blobs[DIGEST] = DATA
-    assert (await blobs.fetch(DIGEST)).read_bytes() == DATA
-    await blobs.fetch(DIGEST)
+    assert (await blobs.fetch(PIECE)).read_bytes() == DATA
+    await blobs.fetch(PIECE)
     assert coordinator.gets == [(DIGEST, 0)]
 
 
@@ -37,9 +38,9 @@ async def test_broken_download_resumes_where_it_broke(
     coordinator.blobs[DIGEST] = DATA
     coordinator.break_gets_after = 4000
     with pytest.raises(grpc.aio.AioRpcError):
-        await blobs.fetch(DIGEST)
+        await blobs.fetch(PIECE)
     assert not blobs.cache.path(DIGEST).exists()
-    assert (await blobs.fetch(DIGEST)).read_bytes() == DATA
+    assert (await blobs.fetch(PIECE)).read_bytes() == DATA
     assert coordinator.gets == [(DIGEST, 0), (DIGEST, 4000)]
 
 
@@ -48,7 +49,7 @@ async def test_bytes_that_hash_to_something_else_never_enter_the_cache(
 ) -> None:
     coordinator.blobs[DIGEST] = DATA[:-1] + b"!"
     with pytest.raises(BlobError, match=DIGEST):
-        await blobs.fetch(DIGEST)
+        await blobs.fetch(PIECE)
     assert list(blobs.cache.root.iterdir()) == []
 
 
@@ -56,9 +57,9 @@ async def test_damaged_blob_is_noticed_and_fetched_again(
     blobs: BlobClient, coordinator: FakeCoordinator
 ) -> None:
     coordinator.blobs[DIGEST] = DATA
-    path = await blobs.fetch(DIGEST)
+    path = await blobs.fetch(PIECE)
     path.write_bytes(b"x" + DATA[1:])
-    assert (await blobs.fetch(DIGEST)).read_bytes() == DATA
+    assert (await blobs.fetch(PIECE)).read_bytes() == DATA
     assert len(coordinator.gets) == 2
 
 
@@ -93,6 +94,6 @@ def test_blob_names_that_are_not_digests_are_refused(home: Home) -> None:
 
 def test_malformed_manifests_are_refused() -> None:
     with pytest.raises(BlobError, match="malformed"):
-        dataset_digests('{"splits": [1]}')
+        dataset_pieces('{"splits": [1]}')
     with pytest.raises(BlobError, match="malformed"):
         Checkpoint.parse('{"step": "x"}')

@@ -21,7 +21,9 @@ MANIFEST = json.dumps(
 
 def dataset(data: bytes) -> str:
     shard = {"digest": hashlib.sha256(data).hexdigest(), "tokens": len(data) // 2}
-    return json.dumps({"format": "muster-dataset-1", "splits": {"train": [shard], "val": []}})
+    return json.dumps(
+        {"format": "muster-dataset-1", "dtype": "uint16", "splits": {"train": [shard], "val": []}}
+    )
 
 
 async def test_leader_restores_before_its_worker_hears_of_the_plan(

@@ -15,7 +15,7 @@ from pathlib import Path
 import grpc.aio
 import pytest
 
-from agent.blobs import BlobCache, BlobClient, ShardReports
+from agent.blobs import BlobCache, BlobClient, Piece, ShardReports
 from agent.errors import BlobError
 from coordinator.access import caller
 from coordinator.blob_service import BlobService
@@ -133,7 +133,7 @@ async def test_a_checkpoint_goes_up_and_comes_back_by_urls_alone(road: Road) -> 
 
     for digest, data in zip(digests, shards, strict=True):
         road.client.cache.path(digest).unlink()
-        assert (await road.client.fetch(digest)).read_bytes() == data
+        assert (await road.client.fetch(Piece(digest=digest, bytes=len(data)))).read_bytes() == data
     peer = f"incoming/agent-{road.pair.identities[0].id}"
     assert road.transfers() == [
         ("PUT", f"{peer}/{digests[0]}", 9_000_000),
@@ -223,7 +223,7 @@ async def test_a_damaged_object_never_enters_the_cache(road: Road) -> None:
     upload.write(b"WEIGHTS")
     await asyncio.to_thread(upload.finish)
     with pytest.raises(BlobError, match="twice hash to something else"):
-        await road.client.fetch(digest)
+        await road.client.fetch(Piece(digest=digest, bytes=7))
     assert list(road.client.cache.root.iterdir()) == []
     admin = await road.c.admin()
     verified = json.loads((await admin.VerifyCheckpoint(admin_pb2.CheckpointRef(job="demo"))).json)
@@ -244,7 +244,7 @@ async def test_an_interrupted_download_resumes_where_it_broke(road: Road) -> Non
         await metered(transfer, work)
 
     road.client._run = run  # type: ignore[method-assign]
-    assert (await road.client.fetch(digest)).read_bytes() == data
+    assert (await road.client.fetch(Piece(digest=digest, bytes=len(data)))).read_bytes() == data
     assert received == [2_000_000]
 
 
