@@ -57,6 +57,8 @@ MAIN_RULES: dict[str, frozenset[Role]] = {
     "/muster.v1.AdminService/ListCheckpoints": _ONLOOKER,
     "/muster.v1.AdminService/GetCheckpoint": _ONLOOKER,
     "/muster.v1.AdminService/VerifyCheckpoint": _ADMIN,
+    "/muster.v1.AdminService/CommandCheckpoint": _ADMIN,
+    "/muster.v1.AdminService/CollectGarbage": _ADMIN,
     "/muster.v1.AdminService/Watch": _ONLOOKER,
     "/muster.v1.AdminService/Logs": _ONLOOKER,
     "/muster.v1.AdminService/Steps": _ONLOOKER,

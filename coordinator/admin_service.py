@@ -17,12 +17,14 @@ from coordinator.access import CallRefusedError, caller
 from coordinator.blob_service import BlobService
 from coordinator.blobs import BlobStore
 from coordinator.caches import Caches
+from coordinator.core.checkpoints import newest_good
 from coordinator.core.model import (
     ENDED,
     Agent,
     AgentAction,
     AgentCommanded,
     Checkpoint,
+    CheckpointCommanded,
     Event,
     Job,
     JobCommanded,
@@ -40,6 +42,7 @@ from coordinator.core.model import (
 from coordinator.journal import PAGE_ROWS, Journal
 from coordinator.logs import LogBook
 from coordinator.loop import Loop
+from coordinator.sweep import Sweeper
 from protos import admin_pb2, admin_pb2_grpc, agent_pb2
 from protos.wire import JoinToken
 
@@ -56,6 +59,7 @@ class AdminService(admin_pb2_grpc.AdminServiceServicer):
         blob_service: BlobService,
         caches: Caches,
         logs: LogBook,
+        sweeper: Sweeper,
         fingerprint: str,
         enroll_port: Callable[[], int],
     ) -> None:
@@ -65,6 +69,7 @@ class AdminService(admin_pb2_grpc.AdminServiceServicer):
         self._blob_service = blob_service
         self._caches = caches
         self._logs = logs
+        self._sweeper = sweeper
         self._fingerprint = fingerprint
         self._enroll_port = enroll_port
 
@@ -240,18 +245,21 @@ class AdminService(admin_pb2_grpc.AdminServiceServicer):
         job = await self._job(request.job)
         return _views([views.checkpoint(job, found) for found in job.checkpoints])
 
-    async def _checkpoint(self, request: admin_pb2.CheckpointRef) -> tuple[Job, Checkpoint]:
+    async def _checkpoint(
+        self, request: admin_pb2.CheckpointRef | admin_pb2.CheckpointCommandRequest
+    ) -> tuple[Job, Checkpoint]:
         step = translate.sequence(request.step, "step")
         job = await self._job(request.job)
-        found = [one for one in job.checkpoints if step in {0, one.step}]
-        if not found:
+        newest = newest_good(job) or (job.checkpoints[-1] if job.checkpoints else None)
+        found = newest if step == 0 else next((c for c in job.checkpoints if c.step == step), None)
+        if found is None:
             have = ", ".join(str(one.step) for one in job.checkpoints) or "none"
             wanted = f"at step {step}" if step else "yet"
             raise CallRefusedError(
                 Refusal.UNKNOWN_CHECKPOINT,
                 f"step: job {job.job_id} has no checkpoint {wanted}; it has: {have}",
             )
-        return job, found[-1]
+        return job, found
 
     async def GetCheckpoint(  # noqa: N802
         self, request: admin_pb2.CheckpointRef, _context: grpc.aio.ServicerContext
@@ -270,6 +278,26 @@ class AdminService(admin_pb2_grpc.AdminServiceServicer):
             if problem:
                 problems.append({"index": shard["index"], "digest": shard["digest"], "problem": problem})
         return _view({**views.checkpoint(job, found), "sound": not problems, "problems": problems})
+
+    async def CommandCheckpoint(  # noqa: N802
+        self, request: admin_pb2.CheckpointCommandRequest, _context: grpc.aio.ServicerContext
+    ) -> admin_pb2.View:
+        action = translate.checkpoint_action(request.kind)
+        job, found = await self._checkpoint(request)
+        await self._decided(
+            CheckpointCommanded(job_id=job.job_id, step=found.step, action=action, by=caller.get().id)
+        )
+        job = await self._job(job.job_id)
+        # What is no more is shown as it was.
+        now = next((c for c in job.checkpoints if c.step == found.step), found)
+        return _view(views.checkpoint(job, now))
+
+    async def CollectGarbage(  # noqa: N802
+        self, request: admin_pb2.CollectGarbageRequest, _context: grpc.aio.ServicerContext
+    ) -> admin_pb2.View:
+        found = await self._sweeper.collect(self._loop, dry_run=request.dry_run)
+        log.info("operator", by=caller.get().id, command="CollectGarbage", dry_run=request.dry_run)
+        return _view(views.garbage(found, dry_run=request.dry_run))
 
     # ----------------------------------------------------------------------------- streams
 

@@ -31,7 +31,6 @@ from coordinator.core.model import (
     SessionId,
     ShardAccepted,
     State,
-    Tick,
 )
 from coordinator.identity import Authority, Role, requested_key
 from coordinator.logs import LogBook
@@ -309,7 +308,7 @@ class AgentService(agent_pb2_grpc.AgentServiceServicer):
         """Act on one message; returns when what it decides is recorded, so that order is kept and an
         agent never has more than one message in the queue."""
         agent_id = session.agent_id
-        reply: Reply | None
+        reply: Reply
         match message.WhichOneof("body"):
             case "heartbeat":
                 beat = message.heartbeat
@@ -348,16 +347,8 @@ class AgentService(agent_pb2_grpc.AgentServiceServicer):
             if reply.refusal in {Refusal.BANNED, Refusal.UNKNOWN_AGENT}:
                 raise CallRefusedError(reply.refusal, reply.message)
 
-    async def _progress(self, session: OpenSession, message: agent_pb2.Progress) -> Reply | None:
+    async def _progress(self, session: OpenSession, message: agent_pb2.Progress) -> Reply:
         event, steps, evaluations = translate.progress(message, session.agent_id, self._loop.now_ms())
-        if event is None:
-            # Evaluations alone are no matter of the core's: only whether the sender may speak for the job is.
-            job = self._loop.state.jobs.get(JobId(message.job_id))
-            generation = None if job is None else job.generation
-            if generation is None or session.agent_id not in {
-                member.agent_id for member in generation.members
-            }:
-                return None
 
         def acknowledge(state: State, _reply: Reply) -> None:
             # Also when it was refused as late: what is recorded need not be sent again.
@@ -369,9 +360,7 @@ class AgentService(agent_pb2_grpc.AgentServiceServicer):
                     )
                 )
 
-        return await self._loop.submit(
-            event or Tick(), steps=steps, evaluations=evaluations, released=acknowledge
-        )
+        return await self._loop.submit(event, steps=steps, evaluations=evaluations, released=acknowledge)
 
     def _keep_lines(self, agent_id: AgentId, message: agent_pb2.LogLines) -> None:
         lines = translate.log_lines(message, agent_id, self._loop.now_ms())

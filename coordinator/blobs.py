@@ -86,8 +86,8 @@ class BlobStore(Protocol):
         """Hash a stored blob again: "" if it is what its name says, else what is wrong with it.  Disks rot,
         and a checkpoint is worth what its worst shard is."""
 
-    def stored(self) -> Iterator[tuple[str, float]]:
-        """(digest, seconds since it was stored or last wanted) of every blob: what may the sweeper take?"""
+    def stored(self) -> Iterator[tuple[str, int, float]]:
+        """(digest, bytes, seconds since it was stored or last wanted) of every blob: what may the sweeper take?"""
 
     def remove(self, digest: str) -> None:
         """Forget a blob; one that is not stored is no error."""
@@ -247,14 +247,15 @@ class DirectoryStore:
             return f"unreadable ({error.strerror})"
         return problem(digest, size, found, length)
 
-    def stored(self) -> Iterator[tuple[str, float]]:
+    def stored(self) -> Iterator[tuple[str, int, float]]:
         now = self._now()
         for folder in sorted(self._root.iterdir()):
             if len(folder.name) != 2:
                 continue
             for path in sorted(folder.iterdir()):
                 try:
-                    yield path.name, now - path.stat().st_mtime
+                    found = path.stat()
+                    yield path.name, found.st_size, now - found.st_mtime
                 except FileNotFoundError:
                     continue
 

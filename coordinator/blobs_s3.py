@@ -221,12 +221,12 @@ class Bucket:
                 with contextlib.suppress(FileNotFoundError):
                     obstore.delete(self._store, key)
 
-    def objects(self, folder: str) -> Iterator[tuple[str, float]]:
-        """(key, when it was written, in seconds since the epoch) of everything in a folder."""
+    def objects(self, folder: str) -> Iterator[tuple[str, int, float]]:
+        """(key, bytes, when it was written, in seconds since the epoch) of everything in a folder."""
         with self._asking("list its blobs"):
             for page in obstore.list(self._store, folder, chunk_size=1000):
                 for found in page:
-                    yield found["path"], found["last_modified"].timestamp()
+                    yield found["path"], found["size"], found["last_modified"].timestamp()
 
 
 class S3Store:
@@ -312,13 +312,13 @@ class S3Store:
         found = None if length is None else self._bucket.digest(key, length)
         return "missing" if length is None or found is None else problem(digest, size, found, length)
 
-    def stored(self) -> Iterator[tuple[str, float]]:
-        for key, written_at in self._bucket.objects("blobs"):
+    def stored(self) -> Iterator[tuple[str, int, float]]:
+        for key, size, written_at in self._bucket.objects("blobs"):
             digest = key.rpartition("/")[2]
             now = self._now()
             age_s = now - max(written_at, self._wanted.get(digest, 0.0))
             uptime_s = now - self._opened_at
-            yield digest, age_s if uptime_s > START_GRACE_S else min(age_s, uptime_s)
+            yield digest, size, age_s if uptime_s > START_GRACE_S else min(age_s, uptime_s)
 
     def remove(self, digest: str) -> None:
         self._bucket.remove(self.key(digest))
@@ -434,7 +434,7 @@ class S3Transfers:
     def discard_unfinished(self, older_than_s: float) -> int:
         removed = 0
         for folder in ("incoming", "checking"):
-            for key, written_at in self._bucket.objects(folder):
+            for key, _, written_at in self._bucket.objects(folder):
                 if self._now() - written_at > older_than_s:
                     self._bucket.remove(key)
                     removed += 1

@@ -1,7 +1,7 @@
 """The coordinator's sections of a job file: name, elasticity, requirements, priority, launch.
 
 The trainer's sections (data, model, train, checkpoint) are carried along unread, but for the two
-numbers that the coordinator needs: how many checkpoints to keep and how many steps there are.
+numbers that the coordinator needs: which checkpoints to keep and how many steps there are.
 Imports nothing that is not needed to check a file on the operator's machine.
 """
 
@@ -29,7 +29,8 @@ __all__ = ["JobFile", "SettingError", "duration_ms", "job_spec", "parse", "size_
 
 _NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
 _VERSION = re.compile(r"^(\d{1,4})(?:\.(\d{1,4}))?$")
-DEFAULT_KEEP_CHECKPOINTS = 3
+_KEEPING = {"keep": (3, 1, 1_000), "keep_every": (0, 0, 10**9), "keep_best": (0, 0, 1_000)}
+"""Default, least and most of what the section `checkpoint` says about retention (trainer/config.py)."""
 MAX_SPEC_BYTES = 256 * 1024
 
 
@@ -107,10 +108,17 @@ class JobFile(Section):
 
     @model_validator(mode="after")
     def _keep(self) -> JobFile:
-        keep = self.checkpoint.get("keep", DEFAULT_KEEP_CHECKPOINTS)
-        if type(keep) is not int or not 1 <= keep <= 1_000:
-            raise ValueError(f"checkpoint.keep: found {keep!r}; expected a whole number from 1 to 1000")
+        for name, (default, least, most) in _KEEPING.items():
+            found = self.checkpoint.get(name, default)
+            if type(found) is not int or not least <= found <= most:
+                raise ValueError(
+                    f"checkpoint.{name}: found {found!r}; expected a whole number from {least} to {most}"
+                )
         return self
+
+    def keeping(self, name: str) -> int:
+        """A number of the section `checkpoint`: keep, keep_every or keep_best."""
+        return int(self.checkpoint.get(name, _KEEPING[name][0]))
 
 
 def parse(found: object) -> JobFile:
@@ -149,5 +157,7 @@ def job_spec(found: Mapping[str, Any], dataset_json: str) -> JobSpec:
         last_call_ms=job.elastic.last_call,
         min_generation_ms=job.elastic.min_generation,
         step_timeout_ms=job.elastic.step_timeout,
-        keep_checkpoints=job.checkpoint.get("keep", DEFAULT_KEEP_CHECKPOINTS),
+        keep_checkpoints=job.keeping("keep"),
+        keep_every=job.keeping("keep_every"),
+        keep_best=job.keeping("keep_best"),
     )

@@ -23,6 +23,7 @@ from coordinator.clock import Clock
 from coordinator.core import codec
 from coordinator.core.evolve import evolve
 from coordinator.core.model import (
+    EvaluationRecorded,
     Event,
     JobId,
     ProgressAccepted,
@@ -36,7 +37,7 @@ from coordinator.core.model import (
     Timing,
 )
 from coordinator.core.settle import next_deadline
-from coordinator.core.step import step
+from coordinator.core.step import Outcome, step
 from coordinator.journal import (
     Entry,
     EvaluationRow,
@@ -290,7 +291,7 @@ class Loop:
         ticket.records = outcome.records
         ticket.pushes = outcome.pushes
         durable = [record for record in outcome.records if codec.is_durable(record)]
-        steps, evaluations = self._new_rows(ticket, outcome.reply)
+        steps, evaluations = self._new_rows(ticket, outcome)
         if not durable and not evaluations:
             return None
         return Entry(
@@ -305,22 +306,24 @@ class Loop:
         )
 
     def _new_rows(
-        self, ticket: Ticket, reply: Reply
+        self, ticket: Ticket, outcome: Outcome
     ) -> tuple[tuple[StepRow, ...], tuple[EvaluationRow, ...]]:
+        reply = outcome.reply
         if isinstance(reply, Refused):
             return (), ()
         steps: tuple[StepRow, ...] = ()
         if isinstance(reply, ProgressAccepted):
             new = range(reply.first_new_step, reply.last_step + 1)
             steps = tuple(row for row in ticket.steps if row.step in new)
-        # An evaluation may be of an earlier step, but not of one that nobody has committed.
-        committed = (
-            {job_id: job.committed_step for job_id, job in self.state.jobs.items()}
-            if ticket.evaluations
-            else {}
-        )
+        if not ticket.evaluations:
+            return steps, ()
+        recorded = {r.evaluation.step for r in outcome.records if isinstance(r, EvaluationRecorded)}
+        committed = self.state.jobs[JobId(ticket.evaluations[0].job_id)].committed_step
+        # One that is not finite is no matter of the core's, and shown all the same.
         return steps, tuple(
-            row for row in ticket.evaluations if row.step <= committed.get(JobId(row.job_id), -1)
+            row
+            for row in ticket.evaluations
+            if row.step in recorded or (row.loss is None and row.step <= committed)
         )
 
     def _release(self, ticket: Ticket) -> None:

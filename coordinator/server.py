@@ -197,6 +197,7 @@ class Coordinator:
             blob_service=blob_service,
             caches=self.caches,
             logs=self.logs,
+            sweeper=self._sweeper,
             fingerprint=self._authority.fingerprint,
             enroll_port=lambda: split_address(self.addresses.enroll)[1],
         )

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+from dataclasses import dataclass
 
 import structlog
 
@@ -35,6 +36,21 @@ def referenced(state: State) -> set[str]:
         if job.phase not in ENDED and job.spec.dataset_json:
             found.update(translate.dataset_digests(job.spec.dataset_json))
     return found
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Unreferenced:
+    """A blob that nothing refers to."""
+
+    digest: str
+    bytes: int
+    age_s: float  # since it was stored or last wanted
+    grace_s: float
+
+    @property
+    def old(self) -> bool:
+        """Whether the sweep takes it."""
+        return self.age_s > self.grace_s
 
 
 class Sweeper:
@@ -94,15 +110,25 @@ class Sweeper:
         """Delete what may go now; returns how many blobs that were.
 
         A blob that is referred to again after the look at the state was touched then, and is young."""
-        keep = await loop.query(lambda state, _: referenced(state))
-        return await asyncio.to_thread(self._remove, keep)
+        unfinished = await asyncio.to_thread(
+            self._blobs.discard_unfinished, self._settings.orphan_grace / 1000
+        )
+        return unfinished + sum(one.old for one in await self.collect(loop, dry_run=False))
 
-    def _remove(self, keep: set[str]) -> int:
-        removed = self._blobs.discard_unfinished(self._settings.orphan_grace / 1000)
-        for digest, age_s in self._blobs.stored():
-            grace = self._settings.retired_grace if digest in self._shards else self._settings.orphan_grace
-            if digest not in keep and age_s * 1000 > grace:
+    async def collect(self, loop: Loop, *, dry_run: bool) -> list[Unreferenced]:
+        """Every blob that nothing refers to; those that are old enough are gone now, unless `dry_run`."""
+        keep = await loop.query(lambda state, _: referenced(state))
+        return await asyncio.to_thread(self._collect, keep, dry_run)
+
+    def _collect(self, keep: set[str], dry_run: bool) -> list[Unreferenced]:
+        found = []
+        for digest, size, age_s in self._blobs.stored():
+            if digest in keep:
+                continue
+            grace_ms = self._settings.retired_grace if digest in self._shards else self._settings.orphan_grace
+            one = Unreferenced(digest=digest, bytes=size, age_s=age_s, grace_s=grace_ms / 1000)
+            found.append(one)
+            if one.old and not dry_run:
                 self._blobs.remove(digest)
                 self._shards.discard(digest)
-                removed += 1
-        return removed
+        return found

@@ -17,7 +17,10 @@ from coordinator.core.model import (
     AgentAction,
     AgentFacts,
     AgentId,
+    CheckpointAction,
     Cut,
+    Evaluation,
+    EvaluationsReceived,
     Event,
     FailureKind,
     FinishedReceived,
@@ -281,6 +284,18 @@ def job_action(kind: int) -> JobAction:
     return actions[kind]  # type: ignore[index]
 
 
+def checkpoint_action(kind: int) -> CheckpointAction:
+    """What the operator wants of a checkpoint."""
+    actions = {
+        admin_pb2.CHECKPOINT_COMMAND_KIND_PIN: CheckpointAction.PIN,
+        admin_pb2.CHECKPOINT_COMMAND_KIND_UNPIN: CheckpointAction.UNPIN,
+        admin_pb2.CHECKPOINT_COMMAND_KIND_DELETE: CheckpointAction.DELETE,
+    }
+    if kind not in actions:
+        raise MalformedError(f"kind: found {kind}; expected one of CheckpointCommandKind")
+    return actions[kind]  # type: ignore[index]
+
+
 def agent_action(kind: int) -> AgentAction:
     """What the operator wants of an agent."""
     actions = {
@@ -394,8 +409,8 @@ def fetching(message: agent_pb2.Heartbeat) -> tuple[int, int]:
 
 def progress(
     message: agent_pb2.Progress, agent_id: AgentId, at_ms: int
-) -> tuple[ProgressReceived | None, tuple[StepRow, ...], tuple[EvaluationRow, ...]]:
-    """The range for the core, and the rows that go with it.  Without steps there is no range: None."""
+) -> tuple[ProgressReceived | EvaluationsReceived, tuple[StepRow, ...], tuple[EvaluationRow, ...]]:
+    """What the core hears, and the rows that go with it."""
     job_id = _job(message.job_id, "progress.job_id")
     generation = _whole(message.generation, "progress.generation", least=1)
     records = _few(message.steps, "progress.steps", MAX_STEPS)
@@ -413,8 +428,13 @@ def progress(
         )
         for at, one in enumerate(_few(message.evaluations, "progress.evaluations", MAX_EVALUATIONS))
     )
+    # One that is not finite is shown and decides nothing.
+    losses = tuple(Evaluation(step=row.step, loss=row.loss) for row in evaluations if row.loss is not None)
     if not rows:
-        return None, (), evaluations
+        alone = EvaluationsReceived(
+            agent_id=agent_id, job_id=job_id, generation=generation, evaluations=losses
+        )
+        return alone, (), evaluations
     event = ProgressReceived(
         agent_id=agent_id,
         job_id=job_id,
@@ -422,6 +442,7 @@ def progress(
         first_step=rows[0].step,
         last_step=rows[-1].step,
         tokens=sum(row.tokens for row in rows),
+        evaluations=losses,
     )
     return event, rows, evaluations
 

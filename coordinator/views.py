@@ -7,10 +7,11 @@ coordinator's clock.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from coordinator.caches import Cache
+from coordinator.core import checkpoints
 from coordinator.core.forming import why
 from coordinator.core.matching import unmet
 from coordinator.core.model import (
@@ -28,6 +29,7 @@ from coordinator.core.model import (
     Why,
 )
 from coordinator.journal import StepRow
+from coordinator.sweep import Unreferenced
 
 View = dict[str, Any]
 
@@ -44,7 +46,7 @@ def job(
 ) -> View:
     """One job; `fetching` says of its agents how many bytes they have of how many that they need."""
     spec = one.spec
-    newest = one.checkpoints[-1] if one.checkpoints else None
+    newest = checkpoints.newest_good(one)
     members = () if one.generation is None else one.generation.members
     step = latest.get(one.job_id)
     serving = [state.agents[member.agent_id] for member in members if member.agent_id in state.agents]
@@ -252,6 +254,32 @@ def token(one: Token, now_ms: int) -> View:
     }
 
 
+MOST_GARBAGE_SHOWN = 1_000
+
+
+def garbage(found: Sequence[Unreferenced], *, dry_run: bool) -> View:
+    """What a sweep took, or would take, and what is still too young for it."""
+    old = [one for one in found if one.old]
+    young = [one for one in found if not one.old]
+    return {
+        "dry_run": dry_run,
+        "blobs": len(old),
+        "bytes": sum(one.bytes for one in old),
+        "young_blobs": len(young),
+        "young_bytes": sum(one.bytes for one in young),
+        "found": [
+            {
+                "digest": one.digest,
+                "bytes": one.bytes,
+                "age_s": round(one.age_s, 1),
+                "grace_s": one.grace_s,
+                "goes": one.old,
+            }
+            for one in (*old, *young)[:MOST_GARBAGE_SHOWN]
+        ],
+    }
+
+
 def checkpoint(one: Job, found: Checkpoint) -> View:
     """One committed checkpoint."""
     return {
@@ -265,4 +293,7 @@ def checkpoint(one: Job, found: Checkpoint) -> View:
         "state_digest": found.state_digest,
         "committed_unix_ms": found.committed_ms,
         "damaged": found.damaged or None,
+        "kept": [why.value for why in checkpoints.kept(one).get(found.step, ())],
+        "evaluation_loss": found.evaluation_loss,
+        "pinned_by": found.pinned_by or None,
     }

@@ -24,6 +24,13 @@ class AgentCommandKind(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     AGENT_COMMAND_KIND_QUARANTINE: _ClassVar[AgentCommandKind]
     AGENT_COMMAND_KIND_RELEASE: _ClassVar[AgentCommandKind]
     AGENT_COMMAND_KIND_BAN: _ClassVar[AgentCommandKind]
+
+class CheckpointCommandKind(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    CHECKPOINT_COMMAND_KIND_UNSPECIFIED: _ClassVar[CheckpointCommandKind]
+    CHECKPOINT_COMMAND_KIND_PIN: _ClassVar[CheckpointCommandKind]
+    CHECKPOINT_COMMAND_KIND_UNPIN: _ClassVar[CheckpointCommandKind]
+    CHECKPOINT_COMMAND_KIND_DELETE: _ClassVar[CheckpointCommandKind]
 JOB_COMMAND_KIND_UNSPECIFIED: JobCommandKind
 JOB_COMMAND_KIND_PAUSE: JobCommandKind
 JOB_COMMAND_KIND_RESUME: JobCommandKind
@@ -35,6 +42,10 @@ AGENT_COMMAND_KIND_DRAIN: AgentCommandKind
 AGENT_COMMAND_KIND_QUARANTINE: AgentCommandKind
 AGENT_COMMAND_KIND_RELEASE: AgentCommandKind
 AGENT_COMMAND_KIND_BAN: AgentCommandKind
+CHECKPOINT_COMMAND_KIND_UNSPECIFIED: CheckpointCommandKind
+CHECKPOINT_COMMAND_KIND_PIN: CheckpointCommandKind
+CHECKPOINT_COMMAND_KIND_UNPIN: CheckpointCommandKind
+CHECKPOINT_COMMAND_KIND_DELETE: CheckpointCommandKind
 
 class SubmitJobRequest(_message.Message):
     __slots__ = ("spec_json", "dataset_json")
@@ -143,6 +154,22 @@ class CheckpointRef(_message.Message):
     job: str
     step: int
     def __init__(self, job: _Optional[str] = ..., step: _Optional[int] = ...) -> None: ...
+
+class CheckpointCommandRequest(_message.Message):
+    __slots__ = ("job", "step", "kind")
+    JOB_FIELD_NUMBER: _ClassVar[int]
+    STEP_FIELD_NUMBER: _ClassVar[int]
+    KIND_FIELD_NUMBER: _ClassVar[int]
+    job: str
+    step: int
+    kind: CheckpointCommandKind
+    def __init__(self, job: _Optional[str] = ..., step: _Optional[int] = ..., kind: _Optional[_Union[CheckpointCommandKind, str]] = ...) -> None: ...
+
+class CollectGarbageRequest(_message.Message):
+    __slots__ = ("dry_run",)
+    DRY_RUN_FIELD_NUMBER: _ClassVar[int]
+    dry_run: bool
+    def __init__(self, dry_run: _Optional[bool] = ...) -> None: ...
 
 class CheckpointReply(_message.Message):
     __slots__ = ("manifest_json",)

@@ -105,6 +105,16 @@ class AdminServiceStub:
                 request_serializer=protos_dot_admin__pb2.CheckpointRef.SerializeToString,
                 response_deserializer=protos_dot_admin__pb2.View.FromString,
                 _registered_method=True)
+        self.CommandCheckpoint = channel.unary_unary(
+                '/muster.v1.AdminService/CommandCheckpoint',
+                request_serializer=protos_dot_admin__pb2.CheckpointCommandRequest.SerializeToString,
+                response_deserializer=protos_dot_admin__pb2.View.FromString,
+                _registered_method=True)
+        self.CollectGarbage = channel.unary_unary(
+                '/muster.v1.AdminService/CollectGarbage',
+                request_serializer=protos_dot_admin__pb2.CollectGarbageRequest.SerializeToString,
+                response_deserializer=protos_dot_admin__pb2.View.FromString,
+                _registered_method=True)
         self.Watch = channel.unary_stream(
                 '/muster.v1.AdminService/Watch',
                 request_serializer=protos_dot_admin__pb2.WatchRequest.SerializeToString,
@@ -231,6 +241,19 @@ class AdminServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def CommandCheckpoint(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def CollectGarbage(self, request, context):
+        """sweeps blobs that nothing refers to, now
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Watch(self, request, context):
         """observer
         """
@@ -341,6 +364,16 @@ def add_AdminServiceServicer_to_server(servicer, server):
             'VerifyCheckpoint': grpc.unary_unary_rpc_method_handler(
                     servicer.VerifyCheckpoint,
                     request_deserializer=protos_dot_admin__pb2.CheckpointRef.FromString,
+                    response_serializer=protos_dot_admin__pb2.View.SerializeToString,
+            ),
+            'CommandCheckpoint': grpc.unary_unary_rpc_method_handler(
+                    servicer.CommandCheckpoint,
+                    request_deserializer=protos_dot_admin__pb2.CheckpointCommandRequest.FromString,
+                    response_serializer=protos_dot_admin__pb2.View.SerializeToString,
+            ),
+            'CollectGarbage': grpc.unary_unary_rpc_method_handler(
+                    servicer.CollectGarbage,
+                    request_deserializer=protos_dot_admin__pb2.CollectGarbageRequest.FromString,
                     response_serializer=protos_dot_admin__pb2.View.SerializeToString,
             ),
             'Watch': grpc.unary_stream_rpc_method_handler(
@@ -751,6 +784,60 @@ class AdminService:
             target,
             '/muster.v1.AdminService/VerifyCheckpoint',
             protos_dot_admin__pb2.CheckpointRef.SerializeToString,
+            protos_dot_admin__pb2.View.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def CommandCheckpoint(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/muster.v1.AdminService/CommandCheckpoint',
+            protos_dot_admin__pb2.CheckpointCommandRequest.SerializeToString,
+            protos_dot_admin__pb2.View.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def CollectGarbage(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/muster.v1.AdminService/CollectGarbage',
+            protos_dot_admin__pb2.CollectGarbageRequest.SerializeToString,
             protos_dot_admin__pb2.View.FromString,
             options,
             channel_credentials,

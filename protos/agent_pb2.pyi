@@ -40,6 +40,7 @@ class Refusal(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     REFUSAL_RATE_LIMITED: _ClassVar[Refusal]
     REFUSAL_UNKNOWN_DATASET: _ClassVar[Refusal]
     REFUSAL_NAME_TAKEN: _ClassVar[Refusal]
+    REFUSAL_CHECKPOINT_NEEDED: _ClassVar[Refusal]
 
 class FailureKind(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
@@ -85,6 +86,7 @@ REFUSAL_UNKNOWN_CHECKPOINT: Refusal
 REFUSAL_RATE_LIMITED: Refusal
 REFUSAL_UNKNOWN_DATASET: Refusal
 REFUSAL_NAME_TAKEN: Refusal
+REFUSAL_CHECKPOINT_NEEDED: Refusal
 FAILURE_KIND_UNSPECIFIED: FailureKind
 FAILURE_KIND_COLLECTIVE: FailureKind
 FAILURE_KIND_KILLED: FailureKind

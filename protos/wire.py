@@ -225,6 +225,7 @@ _CODES: dict[int, int] = {
     agent_pb2.REFUSAL_RATE_LIMITED: code_pb2.RESOURCE_EXHAUSTED,
     agent_pb2.REFUSAL_UNKNOWN_DATASET: code_pb2.NOT_FOUND,
     agent_pb2.REFUSAL_NAME_TAKEN: code_pb2.ALREADY_EXISTS,
+    agent_pb2.REFUSAL_CHECKPOINT_NEEDED: code_pb2.FAILED_PRECONDITION,
 }
 
 

@@ -108,4 +108,5 @@ class Alone:
                 shards=files,
             )
             checkpoints.write_manifest(manifest)
-            checkpoints.retain(self._config.checkpoint.keep)
+            settings = self._config.checkpoint
+            checkpoints.retain(settings.keep, every=settings.keep_every)

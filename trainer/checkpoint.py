@@ -471,15 +471,19 @@ class CheckpointDirectory:
             )
         return None
 
-    def retain(self, keep: int, *, orphan_age_s: float | None = None) -> None:
-        """Keep the newest `keep` (at least one) checkpoints; their predecessors go, with blobs only they used.
+    def retain(self, keep: int, *, every: int = 0, orphan_age_s: float | None = None) -> None:
+        """Keep the newest `keep` (at least one) checkpoints and those of a step that is a multiple of `every`
+        (0: none); the others go, with blobs only they used.
 
         With `orphan_age_s` also blobs and temporaries go that no manifest names and that are older than
         that: younger ones may belong to a checkpoint that is being written.  Give it only where nobody
         else keeps blobs in this directory.
         """
         manifests = self.manifests()
-        kept, gone = manifests[: max(1, keep)], manifests[max(1, keep) :]
+        kept = manifests[: max(1, keep)]
+        gone: list[Manifest] = []
+        for manifest in manifests[max(1, keep) :]:
+            (kept if every and manifest.step % every == 0 else gone).append(manifest)
         used = {shard.digest for manifest in kept for shard in manifest.shards}
         unused = {shard.digest for manifest in gone for shard in manifest.shards} - used
         # Manifests first: a crash in between leaves orphans, never a manifest without its shards.

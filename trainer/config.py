@@ -233,6 +233,18 @@ class CheckpointSettings(_Section):
     shard_bytes: Bytes = Field(default=64 * 2**20, ge=64 * 2**10, le=2**30)
     dir: str
     keep: int = Field(default=3, ge=1, le=1000)
+    keep_every: int = Field(default=0, ge=0, le=10**9)
+    keep_best: int = Field(default=0, ge=0, le=1000)
+    """Only a coordinator knows the losses of checkpoints; without one it keeps none."""
+
+    @model_validator(mode="after")
+    def _made_at_all(self) -> Self:
+        if self.keep_every % self.every_steps:
+            raise ValueError(
+                f"keep_every a multiple of every_steps (they are {self.keep_every} and {self.every_steps}), "
+                "for no other step has a checkpoint; change one"
+            )
+        return self
 
 
 class TrainingConfig(_Section):
@@ -266,6 +278,16 @@ class TrainingConfig(_Section):
             raise ValueError(
                 f"train.seq_len at most model.block_size (they are {self.train.seq_len} and "
                 f"{self.model.block_size}); shorten seq_len or raise block_size"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _best_is_known(self) -> Self:
+        every, evaluated = self.checkpoint.every_steps, self.train.eval_every
+        if self.checkpoint.keep_best and (not evaluated or every % evaluated):
+            raise ValueError(
+                "checkpoint.every_steps a multiple of train.eval_every where checkpoint.keep_best is used (they "
+                f"are {every} and {evaluated}), for a checkpoint's loss is that of its own step; change one"
             )
         return self
 

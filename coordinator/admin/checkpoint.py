@@ -1,4 +1,4 @@
-"""`muster checkpoint`: list, verify and export what training has saved, import what others have."""
+"""`muster checkpoint`: list, verify, keep and export what training has saved, import what others have."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import click
 
 from coordinator.admin.errors import BadInput, OperationFailed
 from coordinator.admin.options import with_coordinator, with_output
-from coordinator.admin.output import Column, Output, moment, size
+from coordinator.admin.output import Column, Output, moment, number, size
 
 if TYPE_CHECKING:
     from coordinator.admin.connection import Coordinator
@@ -46,7 +46,7 @@ def checkpoint_name(text: str) -> CheckpointName:
 
 @click.group()
 def checkpoint() -> None:
-    """List, verify, export and import checkpoints.
+    """List, verify, pin, delete, export and import checkpoints.
 
     CHECKPOINT is JOB@STEP, or JOB for its newest one.
     """
@@ -56,7 +56,7 @@ def checkpoint() -> None:
 @click.argument("job_ref", metavar="JOB")
 @with_coordinator
 def list_checkpoints(*, coordinator: Coordinator, output: Output, job_ref: str) -> None:
-    """A job's committed checkpoints, by step."""
+    """A job's committed checkpoints, by step, and why each is kept."""
     from protos import admin_pb2
 
     views = coordinator.views(coordinator.stub.ListCheckpoints, admin_pb2.JobRef(job=job_ref))
@@ -66,6 +66,8 @@ def list_checkpoints(*, coordinator: Coordinator, output: Output, job_ref: str) 
         Column(title="SHARDS", value=lambda view: view.get("shards"), right=True),
         Column(title="SIZE", value=lambda view: size(view.get("bytes")), right=True),
         Column(title="COMMITTED", value=lambda view: moment(view.get("committed_unix_ms"))),
+        Column(title="LOSS", value=lambda view: number(view.get("evaluation_loss"), ".4f"), right=True),
+        Column(title="KEPT", value=why_kept),
         Column(title="STATE", value=lambda view: str(view.get("state_digest") or "")[:12]),
         Column(title="DAMAGED", value=lambda view: view.get("damaged")),
     )
@@ -76,8 +78,12 @@ def list_checkpoints(*, coordinator: Coordinator, output: Output, job_ref: str) 
 @click.argument("name", metavar="CHECKPOINT", type=checkpoint_name)
 @with_coordinator
 def show(*, coordinator: Coordinator, output: Output, name: CheckpointName) -> None:
-    """A checkpoint's manifest."""
+    """A checkpoint's manifest, and why it is kept."""
+    from protos import admin_pb2
+
     manifest = get_manifest(coordinator, name)
+    listed = coordinator.views(coordinator.stub.ListCheckpoints, admin_pb2.JobRef(job=name.job))
+    view = next((one for one in listed if one.get("step") == manifest["step"]), {})
     shards = manifest["shards"]
     header = manifest.get("header") or {}
     output.view(
@@ -94,8 +100,62 @@ def show(*, coordinator: Coordinator, output: Output, name: CheckpointName) -> N
             ("tensors", len(header.get("tensors") or ())),
             ("shards", len(shards)),
             ("size", size(sum(shard["bytes"] for shard in shards))),
+            ("evaluation loss", view.get("evaluation_loss")),
+            ("kept because", why_kept(view)),
+            ("damaged", view.get("damaged")),
         ],
     )
+
+
+def why_kept(view: Mapping[str, Any]) -> str:
+    """The reasons, for people."""
+    words = {"every": "every k-th step", "in_use": "in use", "pinned": f"pinned by {view.get('pinned_by')}"}
+    return ", ".join(words.get(why, why) for why in view.get("kept") or ())
+
+
+def _command(verb: str, done: str, help: str) -> None:
+    """Add `muster checkpoint VERB CHECKPOINT`, which sends the command of that name."""
+
+    @checkpoint.command(verb, help=help)
+    @click.argument("name", metavar="CHECKPOINT", type=checkpoint_name)
+    @with_coordinator
+    def command(*, coordinator: Coordinator, output: Output, name: CheckpointName) -> None:
+        from protos import admin_pb2
+
+        kind = f"CHECKPOINT_COMMAND_KIND_{verb.upper()}"
+        request = admin_pb2.CheckpointCommandRequest(job=name.job, step=name.step, kind=kind)
+        view = coordinator.view(coordinator.stub.CommandCheckpoint, request)
+        output.done(view, f"{name}: step {view.get('step', name.step)} {done}")
+
+
+_command("pin", "is kept until it is unpinned", "Keep it, whatever newer ones there are.")
+_command("unpin", "is kept no longer than others", "Let it go like any other when newer ones are there.")
+_command(
+    "delete",
+    "is deleted; `muster checkpoint gc` frees its bytes",
+    "Let it go now.  Refused if it is pinned, in use, or what the job would be restored from.",
+)
+
+
+@checkpoint.command()
+@click.option("--dry-run", is_flag=True, help="Only say what would go.")
+@with_coordinator
+def gc(*, coordinator: Coordinator, output: Output, dry_run: bool) -> None:
+    """Remove blobs that no checkpoint and no live job refers to, once their grace is over.
+
+    The coordinator does so by itself now and then; this is now.
+    """
+    from protos import admin_pb2
+
+    request = admin_pb2.CollectGarbageRequest(dry_run=dry_run)
+    view = coordinator.view(coordinator.stub.CollectGarbage, request, VERIFY_TIMEOUT_S)
+    verb = "would be removed" if dry_run else "removed"
+    sentence = f"{view.get('blobs', 0)} blobs ({size(view.get('bytes'))}) {verb}"
+    if view.get("young_blobs"):
+        sentence += (
+            f"; {view['young_blobs']} more ({size(view.get('young_bytes'))}) are younger than their grace"
+        )
+    output.done(view, sentence)
 
 
 @checkpoint.command()

@@ -1,17 +1,25 @@
-"""Checkpoints: which shard reports are accepted, when a manifest is committed, and what is kept.
+"""Checkpoints: which shard reports are accepted, when a manifest is committed, and what is kept, why.
 
 Knows digests and counts, not bytes: the shell has verified every blob before it is reported here.
 """
 
 from __future__ import annotations
 
+import enum
 import hashlib
 import json
+from typing import assert_never
 
 from coordinator.core.model import (
+    ENDED,
     Checkpoint,
+    CheckpointAction,
+    CheckpointCommanded,
+    CheckpointPinned,
     CheckpointRetired,
     Decision,
+    Evaluation,
+    EvaluationRecorded,
     Job,
     ManifestCommitted,
     PendingCheckpoint,
@@ -30,6 +38,19 @@ MAX_PENDING = 2
 MAX_SHARDS = 65_536
 MAX_STEPS_AHEAD = 1_000
 """A shard may be reported before the progress of its step: by so many steps at most."""
+MOST_KEPT = 1_000
+"""Checkpoints of one job that one reason keeps: each is some kilobytes of the coordinator's memory."""
+
+
+class Kept(enum.Enum):
+    """Why a checkpoint is kept; shown to operators."""
+
+    LAST = "last"  # among the newest `keep_checkpoints`
+    EVERY = "every"  # of a step that is a multiple of `keep_every`
+    BEST = "best"  # among the `keep_best` with the lowest evaluation loss
+    PINNED = "pinned"
+    IN_USE = "in_use"  # a generation is being formed from it
+    DAMAGED = "damaged"  # until there is a newer one that is not
 
 
 def newest_good(job: Job) -> Checkpoint | None:
@@ -93,16 +114,114 @@ def report(state: State, job: Job, now_ms: int, event: ShardReported) -> Decisio
 
 
 def commit(job: Job, now_ms: int) -> tuple[Record, ...]:
-    """Commit what is complete, and retire what is no longer kept."""
+    """Commit what is complete."""
     for pending in job.pending:
         if len(pending.shards) == pending.count and pending.step <= job.committed_step:
             checkpoint = _manifest(job, pending, now_ms)
-            retired = _retired(job, checkpoint)
-            return (
-                ManifestCommitted(at_ms=now_ms, job_id=job.job_id, checkpoint=checkpoint),
-                *(CheckpointRetired(at_ms=now_ms, job_id=job.job_id, step=step) for step in retired),
-            )
+            return (ManifestCommitted(at_ms=now_ms, job_id=job.job_id, checkpoint=checkpoint),)
     return ()
+
+
+# ------------------------------------------------------------------------------- retention
+
+
+def kept(job: Job) -> dict[int, tuple[Kept, ...]]:
+    """Why each of the job's checkpoints is kept, by step; without a reason it is to go.
+
+    What cannot be restored does not count as one of the newest or best, so that the only one that can
+    is always among the newest."""
+    good = [c for c in job.checkpoints if not c.damaged]
+    newest = good[-1].step if good else 0
+    generation = job.generation
+    forming = generation if generation is not None and generation.formed_ms is None else None
+    by_loss = sorted(
+        (c.evaluation_loss, -c.step) for c in good if c.evaluation_loss is not None
+    )  # of equals the newest
+    every = [c.step for c in good if job.spec.keep_every and c.step % job.spec.keep_every == 0]
+    steps: dict[Kept, set[int]] = {
+        Kept.LAST: {c.step for c in good[-max(1, job.spec.keep_checkpoints) :]},
+        Kept.EVERY: set(every[-MOST_KEPT:]),
+        Kept.BEST: {-step for _, step in by_loss[: job.spec.keep_best]},
+        Kept.PINNED: {c.step for c in job.checkpoints if c.pinned_by},
+        Kept.IN_USE: {forming.from_checkpoint_step or 0} if forming is not None else set(),
+        Kept.DAMAGED: {c.step for c in job.checkpoints if c.damaged and c.step > newest},
+    }
+    return {c.step: tuple(why for why in Kept if c.step in steps[why]) for c in job.checkpoints}
+
+
+def retire(job: Job, now_ms: int) -> tuple[Record, ...]:
+    """Let go of what nothing keeps."""
+    if len(job.checkpoints) <= job.spec.keep_checkpoints and not any(c.damaged for c in job.checkpoints):
+        return ()
+    return tuple(
+        CheckpointRetired(at_ms=now_ms, job_id=job.job_id, step=step)
+        for step, reasons in kept(job).items()
+        if not reasons
+    )
+
+
+def command(job: Job, now_ms: int, event: CheckpointCommanded) -> Decision:
+    """What an operator wants of one checkpoint."""
+    found = next((c for c in job.checkpoints if c.step == event.step), None)
+    if found is None:
+        have = ", ".join(str(c.step) for c in job.checkpoints) or "none"
+        message = f"step: job {job.spec.name} has no checkpoint at step {event.step}; it has: {have}"
+        return Decision(reply=Refused(refusal=Refusal.UNKNOWN_CHECKPOINT, message=message))
+    match event.action:
+        case CheckpointAction.PIN | CheckpointAction.UNPIN:
+            pin = event.action is CheckpointAction.PIN
+            if pin == bool(found.pinned_by):
+                return Decision()
+            if pin and sum(1 for c in job.checkpoints if c.pinned_by) >= MOST_KEPT:
+                message = (
+                    f"job {job.spec.name} has {MOST_KEPT:,} pinned checkpoints, which is as many as may be"
+                )
+                return Decision(reply=Refused(refusal=Refusal.TOO_LARGE, message=message))
+            record = CheckpointPinned(
+                at_ms=now_ms, job_id=job.job_id, step=found.step, pinned=pin, by=event.by
+            )
+            return Decision(records=(record,))
+        case CheckpointAction.DELETE:
+            needed = _needed(job, found)
+            if needed:
+                message = f"checkpoint {found.step} of job {job.spec.name} {needed}"
+                return Decision(reply=Refused(refusal=Refusal.CHECKPOINT_NEEDED, message=message))
+            deleted = CheckpointRetired(at_ms=now_ms, job_id=job.job_id, step=found.step, by=event.by)
+            return Decision(records=(deleted,))
+        case _:
+            assert_never(event.action)
+
+
+def _needed(job: Job, found: Checkpoint) -> str:
+    """Why the checkpoint may not be deleted; empty if it may."""
+    if found.pinned_by:
+        return f"was pinned by {found.pinned_by}; unpin it first"
+    if Kept.IN_USE in kept(job)[found.step]:
+        return "is what a generation is being formed from; wait until it trains"
+    if found.damaged:
+        return ""
+    others = [c for c in job.checkpoints if not c.damaged and c is not found]
+    if not others:
+        return "is the only one that can be restored; it is never deleted"
+    if job.phase not in ENDED and found is newest_good(job):
+        return f"is what the job would be restored from; take another one, or go back to {others[-1].step}, first"
+    return ""
+
+
+def evaluations(
+    job: Job, now_ms: int, found: tuple[Evaluation, ...], committed_step: int
+) -> tuple[Record, ...]:
+    """Keep what is new about committed steps.  What was said first of a step counts."""
+    known = {e.step for e in job.evaluations}
+    known |= {c.step for c in job.checkpoints if c.evaluation_loss is not None}
+    oldest = job.evaluations[0].step if job.evaluations else 0
+    new = {e.step: e for e in reversed(found) if oldest <= e.step <= committed_step and e.step not in known}
+    return tuple(
+        EvaluationRecorded(at_ms=now_ms, job_id=job.job_id, evaluation=new[step]) for step in sorted(new)
+    )
+
+
+# ------------------------------------------------------------------------------- reports
 
 
 def _refuse(state: State, job: Job, event: ShardReported) -> Refused | None:
@@ -207,14 +326,3 @@ def _manifest(job: Job, pending: PendingCheckpoint, now_ms: int) -> Checkpoint:
         bytes=sum(shard.bytes for shard in pending.shards),
         committed_ms=now_ms,
     )
-
-
-def _retired(job: Job, new: Checkpoint) -> tuple[int, ...]:
-    """Steps of the checkpoints that `new` makes superfluous: all but the newest `keep_checkpoints` good
-    ones, never the only one, and never the one that a generation is being formed from."""
-    good = sorted({c.step for c in job.checkpoints if not c.damaged} | {new.step})
-    kept = set(good[-max(1, job.spec.keep_checkpoints) :])
-    generation = job.generation
-    if generation is not None and generation.formed_ms is None:
-        kept.add(generation.from_checkpoint_step or new.step)
-    return tuple(c.step for c in job.checkpoints if c.step not in kept and c.step != new.step)

@@ -36,10 +36,12 @@ from coordinator.core.model import (
     CertificateRenewed,
     CheckpointDamaged,
     CheckpointDoubted,
+    CheckpointPinned,
     CheckpointRetired,
     CheckpointWanted,
     CollectiveFailed,
     DurableRecord,
+    EvaluationRecorded,
     FailureCounted,
     Generation,
     GenerationPlanned,
@@ -350,7 +352,13 @@ def describe(record: Record) -> str:
         case CheckpointDamaged():
             return f"job {record.job_id}: checkpoint {record.step} is damaged{_because(record.detail)}"
         case CheckpointRetired():
-            return f"job {record.job_id}: checkpoint {record.step} retired"
+            verb = f"deleted by {record.by}" if record.by else "retired"
+            return f"job {record.job_id}: checkpoint {record.step} {verb}"
+        case CheckpointPinned():
+            verb = "pinned" if record.pinned else "unpinned"
+            return f"job {record.job_id}: checkpoint {record.step} {verb} by {record.by}"
+        case EvaluationRecorded(evaluation=found):
+            return f"job {record.job_id} evaluated step {found.step}: loss {found.loss:.4f}"
         case CheckpointWanted():
             return f"job {record.job_id}: a checkpoint was asked for"
         case PeerAccused():

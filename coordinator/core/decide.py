@@ -30,6 +30,7 @@ from coordinator.core.model import (
     AgentSuspected,
     AgentUnassigned,
     CertificateRenewed,
+    CheckpointCommanded,
     CheckpointDamaged,
     CheckpointDoubted,
     CheckpointWanted,
@@ -37,6 +38,7 @@ from coordinator.core.model import (
     CoordinatorStarted,
     Decision,
     EnrollAsked,
+    EvaluationsReceived,
     Event,
     Evidence,
     FailureCounted,
@@ -117,6 +119,11 @@ def decide(state: State, now_ms: int, event: Event) -> Decision:
             return _submit(state, now_ms, event)
         case JobCommanded() | JobScaled():
             return _command_job(state, now_ms, event)
+        case CheckpointCommanded():
+            job = state.jobs.get(event.job_id)
+            if job is None:
+                return _refuse(Refusal.UNKNOWN_JOB, f"no job has the id {event.job_id}")
+            return checkpoints.command(job, now_ms, event)
         case CoordinatorStarted():
             return _start(state, now_ms, event)
         case _:
@@ -134,6 +141,7 @@ AgentEvent = (
     | ReadyReceived
     | FormedReceived
     | ProgressReceived
+    | EvaluationsReceived
     | WorkerFailedReceived
     | FinishedReceived
     | ReleasedReceived
@@ -343,6 +351,7 @@ JobEvent = (
     ReadyReceived
     | FormedReceived
     | ProgressReceived
+    | EvaluationsReceived
     | WorkerFailedReceived
     | FinishedReceived
     | ReleasedReceived
@@ -365,6 +374,8 @@ def _of_job(state: State, now_ms: int, agent: Agent, job_id: JobId, event: JobEv
             return _formed(state, now_ms, job, event)
         case ProgressReceived():
             return _progress(state, now_ms, job, event)
+        case EvaluationsReceived():
+            return _evaluated(now_ms, job, event)
         case WorkerFailedReceived():
             return _failed(state, now_ms, agent, job, event)
         case FinishedReceived():
@@ -439,8 +450,11 @@ def _progress(state: State, now_ms: int, job: Job, event: ProgressReceived) -> D
             f"generation: found {event.generation}; the newest is {job.generation_count}",
         )
     if event.last_step <= job.committed_step:
+        known = ProgressAccepted(first_new_step=job.committed_step + 1, last_step=job.committed_step)
+        may_speak = _is_member(generation, event.agent_id) and event.generation >= job.lineage
+        evaluations = event.evaluations if may_speak else ()
         return Decision(
-            reply=ProgressAccepted(first_new_step=job.committed_step + 1, last_step=job.committed_step)
+            records=checkpoints.evaluations(job, now_ms, evaluations, job.committed_step), reply=known
         )
     inside = _is_member(generation, event.agent_id) or event.agent_id in generation.leaving
     if event.generation < job.lineage or (event.generation < generation.number and not inside):
@@ -464,9 +478,19 @@ def _progress(state: State, now_ms: int, job: Job, event: ProgressReceived) -> D
                 last_step=event.last_step,
                 tokens=event.tokens * share,
             ),
+            *checkpoints.evaluations(job, now_ms, event.evaluations, event.last_step),
         ),
         reply=ProgressAccepted(first_new_step=first_step, last_step=event.last_step),
     )
+
+
+def _evaluated(now_ms: int, job: Job, event: EvaluationsReceived) -> Decision:
+    generation = _current(job, event.agent_id, event.generation)
+    if isinstance(generation, Refused):
+        return Decision(reply=generation)
+    if not _is_inside(generation, event.agent_id):
+        return _not_member(event.agent_id, generation)
+    return _accept(*checkpoints.evaluations(job, now_ms, event.evaluations, job.committed_step))
 
 
 def _finished(now_ms: int, job: Job, event: FinishedReceived) -> Decision:

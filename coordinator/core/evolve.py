@@ -33,9 +33,12 @@ from coordinator.core.model import (
     Checkpoint,
     CheckpointDamaged,
     CheckpointDoubted,
+    CheckpointPinned,
     CheckpointRetired,
     CheckpointWanted,
     CollectiveFailed,
+    Evaluation,
+    EvaluationRecorded,
     FailureCounted,
     FailureKind,
     Generation,
@@ -73,6 +76,8 @@ from coordinator.core.model import (
 
 Value = TypeVar("Value", Agent, Job)
 
+EVALUATIONS_KEPT = 16
+"""A checkpoint is committed at most a few checkpoints after its step was evaluated."""
 FORGOTTEN_AFTER_STEPS = 1_000
 """Failures are forgotten after so many committed steps without another one."""
 
@@ -252,6 +257,7 @@ def evolve(state: State, record: Record) -> None:
                 committed_digest="",
                 failed_step=min(job.failed_step, record.to_step),
                 pending=tuple(p for p in job.pending if p.step <= record.to_step),
+                evaluations=tuple(e for e in job.evaluations if e.step <= record.to_step),
             )
         case ShardRecorded():
             _record_shard(state, record)
@@ -259,6 +265,9 @@ def evolve(state: State, record: Record) -> None:
             job, new = state.jobs[record.job_id], record.checkpoint
             others = tuple(c for c in job.checkpoints if c.step != new.step)
             known = new.step == job.committed_step
+            loss = next((e.loss for e in job.evaluations if e.step == new.step), None)
+            pinned_by = next((c.pinned_by for c in job.checkpoints if c.step == new.step), "")
+            new = replace(new, evaluation_loss=loss, pinned_by=pinned_by)
             _set_job(
                 state,
                 job,
@@ -284,6 +293,11 @@ def evolve(state: State, record: Record) -> None:
         case CheckpointRetired():
             job = state.jobs[record.job_id]
             _set_job(state, job, checkpoints=tuple(c for c in job.checkpoints if c.step != record.step))
+        case CheckpointPinned():
+            by = record.by if record.pinned else ""
+            _change_checkpoint(state, record, lambda found: replace(found, pinned_by=by))
+        case EvaluationRecorded():
+            _evaluate(state, record)
         case CheckpointWanted():
             pass  # a command to the members; see pushes
         case LeaseRenewed():
@@ -600,12 +614,22 @@ def _commit_steps(state: State, record: StepsCommitted) -> None:
 
 def _change_checkpoint(
     state: State,
-    record: CheckpointDoubted | CheckpointDamaged,
+    record: CheckpointDoubted | CheckpointDamaged | CheckpointPinned,
     change: Callable[[Checkpoint], Checkpoint],
 ) -> None:
     job = state.jobs[record.job_id]
     checkpoints = tuple(change(c) if c.step == record.step else c for c in job.checkpoints)
     _set_job(state, job, checkpoints=checkpoints)
+
+
+def _evaluate(state: State, record: EvaluationRecorded) -> None:
+    job, new = state.jobs[record.job_id], record.evaluation
+    others: tuple[Evaluation, ...] = tuple(e for e in job.evaluations if e.step != new.step)
+    newest = sorted((*others, new), key=lambda e: e.step)[-EVALUATIONS_KEPT:]
+    checkpoints = tuple(
+        replace(c, evaluation_loss=new.loss) if c.step == new.step else c for c in job.checkpoints
+    )
+    _set_job(state, job, evaluations=tuple(newest), checkpoints=checkpoints)
 
 
 def _record_shard(state: State, record: ShardRecorded) -> None:

@@ -83,6 +83,10 @@ class JobSpec:
     step_timeout_ms: int
     """No step may take longer; a planned cut waits this long for its step boundary."""
     keep_checkpoints: int
+    keep_every: int = 0
+    """Checkpoints of steps that are a multiple of it are kept; 0: none is for that."""
+    keep_best: int = 0
+    """So many checkpoints with the lowest evaluation loss are kept."""
 
 
 # ----------------------------------------------------------------------------------- facts
@@ -389,7 +393,17 @@ class Checkpoint:
     bytes: int
     committed_ms: int
     damaged: str = ""  # why it cannot be restored, if found so
+    evaluation_loss: float | None = None  # after exactly this step; None if it was not evaluated
+    pinned_by: str = ""  # the operator who wants it kept; empty if nobody does
     doubted_by: tuple[AgentId, ...] = ()  # leaders that could not restore it, which may be their own fault
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Evaluation:
+    """The loss on the held-out slices after a step."""
+
+    step: int
+    loss: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -412,6 +426,7 @@ class Job:
     last_failure: str = ""
     checkpoints: tuple[Checkpoint, ...] = ()  # by step
     pending: tuple[PendingCheckpoint, ...] = ()  # by step; at most 2
+    evaluations: tuple[Evaluation, ...] = ()  # the newest few, by step: their checkpoint may be on its way
     gathered_ms: int | None = None  # when min_nodes were first ready (last call starts)
     standby_ms: int | None = None  # when the first ready standby appeared while RUNNING
     lineage: int = 0
@@ -544,6 +559,17 @@ class ProgressReceived:
     first_step: int
     last_step: int
     tokens: float
+    evaluations: tuple[Evaluation, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EvaluationsReceived:
+    """Evaluations without steps: these had been acknowledged before."""
+
+    agent_id: AgentId
+    job_id: JobId
+    generation: int
+    evaluations: tuple[Evaluation, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -637,6 +663,21 @@ class JobScaled:
     max_nodes: int
 
 
+class CheckpointAction(enum.Enum):
+    PIN = "pin"
+    UNPIN = "unpin"
+    DELETE = "delete"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CheckpointCommanded:
+    job_id: JobId
+    step: int
+    action: CheckpointAction
+    by: str
+    """The operator."""
+
+
 class AgentAction(enum.Enum):
     DRAIN = "drain"
     QUARANTINE = "quarantine"
@@ -684,6 +725,7 @@ Event = (
     | ReadyReceived
     | FormedReceived
     | ProgressReceived
+    | EvaluationsReceived
     | WorkerFailedReceived
     | FinishedReceived
     | ReleasedReceived
@@ -694,6 +736,7 @@ Event = (
     | JobSubmitted
     | JobCommanded
     | JobScaled
+    | CheckpointCommanded
     | AgentCommanded
     | TokenAsked
     | TokenRevokeAsked
@@ -982,9 +1025,28 @@ class CheckpointDamaged:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CheckpointRetired:
+    """It is no more; the sweep takes its blobs."""
+
     at_ms: int
     job_id: JobId
     step: int
+    by: str = ""  # the operator who deleted it; empty: nothing keeps it
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CheckpointPinned:
+    at_ms: int
+    job_id: JobId
+    step: int
+    pinned: bool
+    by: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EvaluationRecorded:
+    at_ms: int
+    job_id: JobId
+    evaluation: Evaluation
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -1100,6 +1162,8 @@ DurableRecord = (
     | CheckpointDoubted
     | CheckpointDamaged
     | CheckpointRetired
+    | CheckpointPinned
+    | EvaluationRecorded
     | CheckpointWanted
     | PeerAccused
     | PeerTrusted
@@ -1139,6 +1203,7 @@ class Refusal(enum.IntEnum):
     RATE_LIMITED = 23
     UNKNOWN_DATASET = 24
     NAME_TAKEN = 25
+    CHECKPOINT_NEEDED = 26
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -188,6 +188,9 @@ def _job_deadline(state: State, job: Job, now_ms: int) -> int | None:
 
 
 def _settle_job(state: State, job: Job, now_ms: int) -> tuple[Record, ...]:
+    retired = checkpoints.retire(job, now_ms)
+    if retired:
+        return retired
     if job.phase in ENDED or job.phase is JobPhase.PAUSED:
         reason = f"job {job.spec.name} is {job.phase.value}"
         return tuple(_unassign(job, agent_id, reason, now_ms) for agent_id in job.assigned)

@@ -528,6 +528,54 @@ async def test_a_sweep_removes_retired_shards_and_nothing_that_is_referred_to(tm
         assert digest_of(b"old one") not in stored
 
 
+async def test_an_operator_pins_deletes_and_sweeps(tmp_path: Path) -> None:
+    config = loopback_config(blobs={"reserve": 0, "retired_grace": 0, "orphan_grace": "1h"})
+    async with running_coordinator(tmp_path, config=config) as c:
+        pair, admin = Pair(c), await c.admin()
+        await pair.form({**JOB, "checkpoint": {"keep": 2, "every_steps": 1, "keep_best": 1}})
+        await put(admin, b"a dataset on its way")
+
+        async def command(kind: str, step: int) -> dict[str, Any]:
+            request = admin_pb2.CheckpointCommandRequest(
+                job="demo", step=step, kind=f"CHECKPOINT_COMMAND_KIND_{kind}"
+            )
+            view: dict[str, Any] = json.loads((await admin.CommandCheckpoint(request)).json)
+            return view
+
+        async def collect(*, dry_run: bool) -> dict[str, Any]:
+            view: dict[str, Any] = json.loads(
+                (await admin.CollectGarbage(admin_pb2.CollectGarbageRequest(dry_run=dry_run))).json
+            )
+            return view
+
+        for step in (1, 2, 3):
+            await pair.progress(step, step)
+            assert (await pair.checkpoint(step, [b"state %d" % step]))[-1]
+            if step == 1:
+                assert (await command("PIN", 1))["pinned_by"] == "admin"
+        listed = (await admin.ListCheckpoints(admin_pb2.JobRef(job="demo"))).json
+        kept = {view["step"]: view["kept"] for view in map(json.loads, listed)}
+        assert kept == {1: ["pinned"], 2: ["last"], 3: ["last", "best"]}
+        assert json.loads(listed[2])["evaluation_loss"] == 1.5
+        found, message = await refusal(command("DELETE", 1))
+        assert found == agent_pb2.REFUSAL_CHECKPOINT_NEEDED
+        assert "pinned by admin" in message
+        found, message = await refusal(command("DELETE", 0))  # the newest
+        assert found == agent_pb2.REFUSAL_CHECKPOINT_NEEDED
+        assert "would be restored from" in message
+        assert (await command("DELETE", 2))["step"] == 2
+
+        dry = await collect(dry_run=True)
+        assert (dry["blobs"], dry["bytes"], dry["young_blobs"]) == (1, len(b"state 2"), 1)
+        assert dry["found"][0]["digest"] == digest_of(b"state 2")
+        assert (await collect(dry_run=False))["blobs"] == 1
+        stored = {path.name for path in (c.home / "blobs").rglob("*") if path.is_file()}
+        assert stored == {digest_of(data) for data in (b"state 1", b"state 3", b"a dataset on its way")}
+        assert (await collect(dry_run=True))["blobs"] == 0
+        kinds = [row.text for row in c.coordinator.journal.records(0) if "checkpoint 2" in row.text]
+        assert kinds[-1].endswith("checkpoint 2 deleted by admin")
+
+
 # ------------------------------------------------------------------------------------- around
 
 

@@ -272,13 +272,13 @@ def test_the_sweeper_sees_every_blob_with_its_age_and_removes_it(kind: Kind) -> 
     for data in (b"one", b"two"):
         put(kind.open(), data)
     blobs = kind.open()
-    assert {digest: age_s < 60 for digest, age_s in blobs.stored()} == {
+    assert {digest: age_s < 60 for digest, _, age_s in blobs.stored()} == {
         digest_of(b"one"): True,
         digest_of(b"two"): True,
     }
     blobs.remove(digest_of(b"one"))
     blobs.remove(digest_of(b"one"))
-    assert [digest for digest, _ in blobs.stored()] == [digest_of(b"two")]
+    assert [digest for digest, *_ in blobs.stored()] == [digest_of(b"two")]
     assert blobs.missing([digest_of(b"one")]) == [digest_of(b"one")]
 
 
@@ -290,7 +290,7 @@ def test_a_blob_that_was_asked_for_is_young_again(kind: Kind) -> None:
     later = 10_000.0
     blobs.missing([digest_of(b"asked")])
     later = 10_100.0
-    ages = dict(blobs.stored())
+    ages = {digest: age_s for digest, _, age_s in blobs.stored()}
     assert 90 < ages[digest_of(b"asked")] < 200
     assert ages[digest_of(b"not asked")] > 10_000
 

@@ -151,6 +151,8 @@ def test_every_shipped_job_file_is_accepted(path: Path) -> None:
         ({"requires": {"backend": "mpi"}}, "requires.backend: input should be 'nccl' or 'gloo', found 'mpi'"),
         ({"requires": {"min_torch": "new"}}, "requires.min_torch: found 'new'; expected MAJOR.MINOR"),
         ({"checkpoint": {"keep": 0}}, "checkpoint.keep: found 0"),
+        ({"checkpoint": {"keep_every": -1}}, "checkpoint.keep_every: found -1; expected a whole number"),
+        ({"checkpoint": {"keep_best": True}}, "checkpoint.keep_best: found True"),
         ({"launch": "slurm"}, "launch: input should be 'muster' or 'torchrun'"),
     ],
 )

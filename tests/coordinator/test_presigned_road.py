@@ -272,7 +272,7 @@ async def test_a_sweep_of_the_bucket_takes_retired_shards_and_nothing_that_is_re
     keep = await c.loop.query(lambda state, _: referenced(state))
     assert keep == {new}
     assert await c._sweeper.sweep(c.loop) == 1
-    stored = {digest for digest, _ in c._store.stored()}
+    stored = {digest for digest, *_ in c._store.stored()}
     assert stored == {new, hashlib.sha256(b"a dataset on its way").hexdigest()}
     assert old not in stored
 

@@ -13,9 +13,12 @@ from hypothesis import strategies as st
 from coordinator import translate
 from coordinator.core.model import (
     AgentId,
+    Evaluation,
+    EvaluationsReceived,
     FailureKind,
     JobAction,
     LeaveAsked,
+    ProgressReceived,
     Refusal,
     SessionId,
     Timing,
@@ -89,8 +92,9 @@ def test_progress_gives_the_range_to_the_core_and_the_rows_to_the_journal() -> N
         evaluations=[agent_pb2.Evaluation(step=5, loss=3.5)],
     )
     event, rows, evaluations = translate.progress(message, AGENT, 77)
-    assert event is not None
+    assert isinstance(event, ProgressReceived)
     assert (event.first_step, event.last_step, event.tokens) == (5, 6, 16.0)
+    assert event.evaluations == (Evaluation(step=5, loss=3.5),)
     assert [(row.step, row.loss, row.at_ms) for row in rows] == [(5, None, 77), (6, None, 77)]
     assert [(row.step, row.loss) for row in evaluations] == [(5, 3.5)]
 
@@ -100,7 +104,9 @@ def test_progress_with_evaluations_only_has_no_range() -> None:
         job_id="j1", generation=2, evaluations=[agent_pb2.Evaluation(step=5, loss=3.5)]
     )
     event, rows, evaluations = translate.progress(message, AGENT, 77)
-    assert (event, rows, len(evaluations)) == (None, (), 1)
+    assert isinstance(event, EvaluationsReceived)
+    assert event.evaluations == (Evaluation(step=5, loss=3.5),)
+    assert (rows, len(evaluations)) == ((), 1)
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ One line is one command.  Agents, and jobs, have one-word names that are also th
     lease 2000                              the timing budget; first line, or 2000
     at 500                                  let time pass: deadlines come true, agents heartbeat
     job tiny min 2 max 3 last_call 500      submit (also: min_generation, step_timeout, failures, keep,
-                                            priority, launch, backend)
+                                            every, best, priority, launch, backend)
     agent a,b joins workers 2               enrol if new, then open a session as a new process
     agent a reconnects held tiny 3          open a session as the same process
     agent a closes | beats | freezes | thaws | goodbye | leaving
@@ -15,6 +15,8 @@ One line is one command.  Agents, and jobs, have one-word names that are also th
     agent a formed | released | finished | steps 1 5 | fails killed | shard 5 0/2
                                             all take `in G` for another generation
     operator pause | resume | stop | cancel | checkpoint | scale 1 2 [tiny]
+    agent a evaluates 20 1.5                the loss on the held-out slices after a step
+    operator pin 20 | unpin 20 | delete 20  a checkpoint of the job
     operator drain a | quarantine a for 500 | release a | ban a
     coordinator restarts                    from what is durable
     expect ...                              about what came of the last command, or the state now
@@ -26,6 +28,7 @@ import enum
 from collections.abc import Callable
 from pathlib import Path
 
+from coordinator.core import checkpoints
 from coordinator.core.codec import decode_state, encode_state
 from coordinator.core.forming import why
 from coordinator.core.model import (
@@ -33,8 +36,12 @@ from coordinator.core.model import (
     AgentCommanded,
     AgentFacts,
     AgentId,
+    CheckpointAction,
+    CheckpointCommanded,
     CoordinatorStarted,
     EnrollAsked,
+    Evaluation,
+    EvaluationsReceived,
     Event,
     FailureKind,
     FinishedReceived,
@@ -209,6 +216,8 @@ class Scenario:
             min_generation_ms=number.get("min_generation", 0),
             step_timeout_ms=number.get("step_timeout", 10_000),
             keep_checkpoints=number.get("keep", 2),
+            keep_every=number.get("every", 0),
+            keep_best=number.get("best", 0),
         )
         self.happen(JobSubmitted(job_id=JobId(name), spec=spec))
 
@@ -306,6 +315,9 @@ class Scenario:
                 return ProgressReceived(
                     **same, first_step=first, last_step=last, tokens=10.0 * (last - first + 1)
                 )
+            case "evaluates":
+                found = Evaluation(step=int(rest[0]), loss=float(rest[1]))
+                return EvaluationsReceived(**same, evaluations=(found,))
             case "fails":
                 at = int(rest[1]) if len(rest) > 1 else 0
                 return WorkerFailedReceived(
@@ -342,6 +354,11 @@ class Scenario:
         if verb == "scale":
             job = self.job(rest[2] if len(rest) > 2 else None)
             self.happen(JobScaled(job_id=job.job_id, min_nodes=int(rest[0]), max_nodes=int(rest[1])))
+        elif verb in {action.value for action in CheckpointAction}:
+            command = CheckpointCommanded(
+                job_id=self.job().job_id, step=int(rest[0]), action=CheckpointAction(verb), by="olga"
+            )
+            self.happen(command)
         elif verb in {action.value for action in JobAction}:
             job = self.job(rest[0] if rest else None)
             self.happen(JobCommanded(job_id=job.job_id, action=JobAction(verb)))
@@ -380,6 +397,7 @@ class Scenario:
             "checkpoints": lambda rest: _same(
                 rest, [str(c.step) for c in self.job().checkpoints if not c.damaged]
             ),
+            "kept": self.expect_kept,
             "failures": lambda rest: _same(int(rest[0]), self.job().failures),
             "deadline": lambda rest: _same(rest[0], str(next_deadline(self.state))),
         }
@@ -422,6 +440,11 @@ class Scenario:
         if "until" in words:
             shown += ["until", str(waits.until_ms)]
         _same(words, shown)
+
+    def expect_kept(self, words: Words) -> None:
+        """`kept 20 last,best`: why a checkpoint is."""
+        reasons = checkpoints.kept(self.job())[int(words[0])]
+        _same(words[1:], [",".join(why.value for why in reasons)])
 
     def expect_agent(self, words: Words) -> None:
         """`agent a lost`, `agent a quarantined`, `agent a strikes=2 job_id=tiny`"""

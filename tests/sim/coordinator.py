@@ -417,4 +417,4 @@ class Coordinator:
                 session.down(ProgressAck(job_id=job_id, step=job.committed_step))
             self._answered(session, event, reply)
 
-        self.submit(event or Tick(), released=acknowledge, rows=rows)
+        self.submit(event, released=acknowledge, rows=rows)

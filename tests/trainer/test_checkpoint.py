@@ -294,6 +294,13 @@ def test_retention_keeps_the_newest_and_what_they_share(directory: CheckpointDir
     assert len(list((directory.root / "blobs").iterdir())) == len(left.shards)
 
 
+def test_retention_keeps_every_kth_step_too(directory: CheckpointDirectory) -> None:
+    for step in (10, 20, 30, 40, 50):
+        save(directory, step, state(1))
+    directory.retain(1, every=20)
+    assert [manifest.step for manifest in directory.manifests()] == [50, 40, 20]
+
+
 def test_orphans_are_swept_only_when_asked_and_old(directory: CheckpointDirectory) -> None:
     manifest = save(directory, 10, state(1))
     old, young = directory.root / "blobs" / ("a" * 64), directory.root / "blobs" / ("b" * 64)

@@ -98,6 +98,12 @@ def test_each_problem_has_its_own_line() -> None:
             "data.tokenizer: found 'words'; allowed: byte, bpe:N",
         ),
         ({"checkpoint": {"shard_bytes": "1KiB"}}, "checkpoint.shard_bytes"),
+        ({"checkpoint": {"every_steps": 20, "keep_every": 30}}, "keep_every a multiple of every_steps"),
+        (
+            {"checkpoint": {"every_steps": 20, "keep_best": 1}, "train": {"eval_every": 30}},
+            "every_steps a multiple of train.eval_every",
+        ),
+        ({"checkpoint": {"keep_best": 1}, "train": {"eval_every": 0}}, "(they are 100 and 0)"),
         ({"train": 5}, "train: found 5; allowed: a mapping"),
     ],
 )
