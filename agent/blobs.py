@@ -368,7 +368,8 @@ class BlobClient:
     async def upload(self, digest: str) -> None:
         """Store the blob at the coordinator unless it is there.  Raise BlobError if it is not in the cache."""
         request = agent_pb2.FindBlobsRequest(digests=[digest])
-        if not (await self._stub().FindBlobs(request, timeout=CALL_TIMEOUT_S)).missing:
+        found = await self._stub().FindBlobs(request, timeout=CALL_TIMEOUT_S)
+        if not found.missing:
             return
         try:
             size = self.cache.path(digest).stat().st_size
@@ -376,7 +377,10 @@ class BlobClient:
             raise BlobError(f"blob {digest}: is not in {self.cache.root}") from error
         if await self._upload_presigned(digest, size):
             return
-        call = self._stub().PutBlob(self._chunks(digest, size))
+        offset = min(found.received.get(digest, 0), size)
+        if offset:
+            log.info("blob.upload_goes_on", digest=digest, offset=offset, bytes=size)
+        call = self._stub().PutBlob(self._chunks(digest, size, offset))
         try:
             await call
         finally:
@@ -399,9 +403,12 @@ class BlobClient:
             raise
         return True
 
-    async def _chunks(self, digest: str, size: int) -> AsyncIterator[agent_pb2.PutBlobRequest]:
-        yield agent_pb2.PutBlobRequest(header=agent_pb2.PutBlobHeader(digest=digest, bytes=size))
+    async def _chunks(self, digest: str, size: int, offset: int) -> AsyncIterator[agent_pb2.PutBlobRequest]:
+        yield agent_pb2.PutBlobRequest(
+            header=agent_pb2.PutBlobHeader(digest=digest, bytes=size, offset=offset)
+        )
         with await asyncio.to_thread(open, self.cache.path(digest), "rb") as file:
+            file.seek(offset)
             while data := await asyncio.to_thread(file.read, wire.CHUNK_BYTES):
                 yield agent_pb2.PutBlobRequest(data=data)
 

@@ -10,7 +10,13 @@ from typing import TypeVar
 
 from coordinator import translate
 from coordinator.access import CallRefusedError, caller
-from coordinator.blobs import BlobStore, BlobUpload, PresignedTransfers
+from coordinator.blobs import (
+    BlobRefusedError,
+    BlobStore,
+    BlobsUnavailableError,
+    BlobUpload,
+    PresignedTransfers,
+)
 from coordinator.core.model import Refusal
 from coordinator.metrics import Metrics
 from protos import agent_pb2
@@ -51,7 +57,9 @@ class BlobService:
 
     async def find(self, request: agent_pb2.FindBlobsRequest) -> agent_pb2.FindBlobsReply:
         digests = translate.digests(request)
-        return agent_pb2.FindBlobsReply(missing=await asyncio.to_thread(self._store.missing, digests))
+        missing = await asyncio.to_thread(self._store.missing, digests)
+        received = await asyncio.to_thread(self._store.received, _peer(), missing)
+        return agent_pb2.FindBlobsReply(missing=missing, received=received)
 
     async def get(self, request: agent_pb2.GetBlobRequest) -> AsyncIterator[agent_pb2.BlobChunk]:
         digest = translate.digest(request.digest)
@@ -70,8 +78,11 @@ class BlobService:
             first = await self._next(requests)
             if first is None:
                 raise translate.MalformedError("header: missing; the upload had no message")
-            digest, size = translate.blob_header(first)
-            upload = await _opened(lambda: self._store.upload(digest, size), _discard)
+            digest, size, offset = translate.blob_header(first)
+            peer = _peer()
+            upload = await _opened(
+                lambda: self._store.upload(digest, size, sender=peer, offset=offset), _suspend
+            )
             if upload is None:
                 return agent_pb2.PutBlobReply(existed=True)
             try:
@@ -80,8 +91,12 @@ class BlobService:
                     await asyncio.to_thread(upload.write, data)
                     self._metrics.blob_bytes.labels("up").inc(len(data))
                 await asyncio.to_thread(upload.finish)
-            finally:
+            except (BlobRefusedError, translate.MalformedError):
                 await asyncio.shield(asyncio.to_thread(upload.discard))
+                raise
+            finally:
+                # The line broke, or nothing came for too long: its sender goes on from here.
+                await asyncio.shield(asyncio.to_thread(upload.suspend))
         return agent_pb2.PutBlobReply(existed=False)
 
     async def presign_put(self, request: agent_pb2.PresignPutRequest) -> agent_pb2.PresignPutReply:
@@ -141,8 +156,9 @@ class BlobService:
         except StopAsyncIteration:
             return None
         except TimeoutError:
-            raise CallRefusedError(
-                Refusal.INVALID, f"data: nothing came for {self._chunk_timeout_s:g} s; send the blob again"
+            # No refusal: a line may be so slow, and the shard is still wanted.
+            raise BlobsUnavailableError(
+                f"data: nothing came for {self._chunk_timeout_s:g} s; go on where it broke off"
             ) from None
 
 
@@ -156,9 +172,9 @@ async def _opened(opened: Callable[[], T], drop: Callable[[T], object]) -> T:
         raise
 
 
-def _discard(upload: BlobUpload | None) -> None:
+def _suspend(upload: BlobUpload | None) -> None:
     if upload is not None:
-        upload.discard()
+        upload.suspend()
 
 
 def _peer() -> str:

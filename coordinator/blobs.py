@@ -7,7 +7,10 @@ while they are written to a temporary file, and only the whole and right file ge
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import functools
+import glob
 import hashlib
 import os
 import re
@@ -24,6 +27,8 @@ from coordinator.core.model import Refusal
 
 DIGEST = re.compile(r"^[0-9a-f]{64}$")
 READ_BYTES = 1024 * 1024
+SUSPENDED_PER_SENDER = 8
+_SUSPENDED = "suspended-"
 
 
 class BlobRefusedError(Exception):
@@ -50,6 +55,9 @@ class BlobUpload(Protocol):
     def discard(self) -> None:
         """Leave nothing of it, unless it was finished."""
 
+    def suspend(self) -> None:
+        """Like `discard`, but keep what came for a sender that goes on later."""
+
 
 class BlobReader(Protocol):
     """An open blob, read in chunks; close it, if need be while another thread still reads."""
@@ -73,10 +81,14 @@ class BlobStore(Protocol):
         """Those that are not stored: what is worth sending?  The others count as wanted just now, so that no
         sweep takes them between this answer and the message that refers to them."""
 
-    def upload(self, digest: str, size: int) -> BlobUpload | None:
-        """Begin to store a blob whose bytes come through us; None if it is stored already.
+    def upload(self, digest: str, size: int, *, sender: str = "", offset: int = 0) -> BlobUpload | None:
+        """Begin to store a blob whose bytes come through us, or go on at an offset where a suspended upload of
+        the same sender broke off; None if it is stored already.
 
         Raise BlobRefusedError."""
+
+    def received(self, sender: str, digests: Iterable[str]) -> dict[str, int]:
+        """How many bytes are kept of each suspended upload of this sender."""
 
     def read(self, digest: str, offset: int) -> BlobReader:
         """Open a blob at an offset, where a broken download resumes; raise BlobRefusedError if there is no
@@ -141,25 +153,90 @@ class Incoming:
         self._promised = 0  # bytes of uploads under way that are not written yet
         root.mkdir(parents=True, exist_ok=True)
         for leftover in root.iterdir():
-            leftover.unlink()
+            if not leftover.name.startswith(_SUSPENDED):
+                leftover.unlink()
 
-    def begin(self, digest: str, size: int, keep: Callable[[BinaryIO, Path], None]) -> FileUpload:
+    def received(self, sender: str, digests: Iterable[str]) -> dict[str, int]:
+        found = {}
+        for digest in digests:
+            with contextlib.suppress(FileNotFoundError):
+                found[digest] = self._suspended(sender, digest).stat().st_size
+        return found
+
+    def _suspended(self, sender: str, digest: str) -> Path:
+        return self._root / f"{_SUSPENDED}{sender}-{digest}"
+
+    def _suspend(self, sender: str, digest: str, path: Path) -> None:
+        """Keep what came, and of too many only the newest: nobody fills the disk by breaking off."""
+        os.replace(path, self._suspended(sender, digest))
+        found = sorted(self._root.glob(f"{_SUSPENDED}{glob.escape(sender)}-*"), key=_modified)
+        for old in found[:-SUSPENDED_PER_SENDER]:
+            old.unlink(missing_ok=True)
+
+    def discard_suspended(self, older_than_s: float, now: float) -> int:
+        """Remove what nobody went on with for so long; returns how many."""
+        removed = 0
+        for path in self._root.glob(f"{_SUSPENDED}*"):
+            if now - _modified(path) > older_than_s:
+                path.unlink(missing_ok=True)
+                removed += 1
+        return removed
+
+    def begin(
+        self,
+        digest: str,
+        size: int,
+        keep: Callable[[BinaryIO, Path], None],
+        *,
+        sender: str = "",
+        offset: int = 0,
+    ) -> FileUpload:
         """An upload whose whole and right file is given to `keep`.  Raise BlobRefusedError."""
         check_size(size, self._max_bytes)
+        begun = self._take_up(sender, digest, size, offset) if sender else None
+        promised = size - offset
         with self._lock:
             free = shutil.disk_usage(self._root).free
-            if free - self._promised - size < self._reserve_bytes:
+            if free - self._promised - promised < self._reserve_bytes:
                 raise BlobRefusedError(
                     Refusal.NO_SPACE,
                     f"blob of {size} bytes: the coordinator's disk has {free} bytes free and keeps "
                     f"{self._reserve_bytes} in reserve; free some space there or lower blobs.reserve",
                 )
-            self._promised += size
+            self._promised += promised
+        suspend = functools.partial(self._suspend, sender, digest) if sender else None
         try:
-            return FileUpload(self._root, digest, size, keep=keep, ended=lambda: self._settle(size))
+            return FileUpload(
+                self._root,
+                digest,
+                size,
+                keep=keep,
+                ended=lambda: self._settle(promised),
+                suspend=suspend,
+                begun=begun,
+                offset=offset,
+            )
         except BaseException:
-            self._settle(size)
+            self._settle(promised)
             raise
+
+    def _take_up(self, sender: str, digest: str, size: int, offset: int) -> Path | None:
+        """The file of a suspended upload, which nobody else can take up now.  Raise BlobRefusedError."""
+        suspended = self._suspended(sender, digest)
+        if not offset:
+            suspended.unlink(missing_ok=True)
+            return None
+        kept = self.received(sender, [digest]).get(digest, 0)
+        if not offset <= min(kept, size):
+            # Not INVALID: the sender is to ask what is kept now, and go on there.
+            raise BlobRefusedError(
+                Refusal.UNKNOWN_BLOB,
+                f"offset: {offset}, but of blob {digest} only {kept} bytes are kept; ask again what is missing",
+            )
+        descriptor, name = tempfile.mkstemp(dir=self._root)
+        os.close(descriptor)
+        os.replace(suspended, name)
+        return Path(name)
 
     def _settle(self, size: int) -> None:
         with self._lock:
@@ -211,7 +288,10 @@ class DirectoryStore:
             return False
         return True
 
-    def upload(self, digest: str, size: int) -> FileUpload | None:
+    def received(self, sender: str, digests: Iterable[str]) -> dict[str, int]:
+        return self._incoming.received(sender, digests)
+
+    def upload(self, digest: str, size: int, *, sender: str = "", offset: int = 0) -> FileUpload | None:
         if self.size(digest) == size and self._touch(digest):
             return None
         target = self.path(digest)
@@ -222,7 +302,7 @@ class DirectoryStore:
             os.replace(temporary, target)
             _sync_directory(target.parent)
 
-        return self._incoming.begin(digest, size, keep)
+        return self._incoming.begin(digest, size, keep, sender=sender, offset=offset)
 
     def read(self, digest: str, offset: int) -> FileReader:
         try:
@@ -263,7 +343,7 @@ class DirectoryStore:
         self.path(digest).unlink(missing_ok=True)
 
     def discard_unfinished(self, older_than_s: float) -> int:
-        return 0  # an upload ends with its call, and what a killed process left goes at the next start
+        return self._incoming.discard_suspended(older_than_s, self._now())
 
     def close(self) -> None:
         pass
@@ -314,19 +394,31 @@ class FileUpload:
         *,
         keep: Callable[[BinaryIO, Path], None],
         ended: Callable[[], None],
+        suspend: Callable[[Path], None] | None = None,
+        begun: Path | None = None,
+        offset: int = 0,
     ) -> None:
-        """`keep` gets the whole and right file and may move it; `ended` is called once, at the end."""
+        """`keep` gets the whole and right file and may move it; `ended` is called once, at the end.  The upload
+        goes on at `offset` of the file `begun`, if there is one; `suspend` gets the file of one that broke off."""
         self._digest = digest
         self._size = size
         self._keep = keep
         self._ended = ended
-        self._written = 0
+        self._suspend = suspend
+        self._written = offset
         self._hash = hashlib.sha256()
         self._open = True
         self._lock = threading.Lock()
-        descriptor, name = tempfile.mkstemp(dir=folder)
-        self._path = Path(name)
-        self._file = os.fdopen(descriptor, "wb", buffering=0)
+        if begun is None:
+            descriptor, name = tempfile.mkstemp(dir=folder)
+            self._path = Path(name)
+            self._file = os.fdopen(descriptor, "wb", buffering=0)
+        else:
+            self._path = begun
+            os.truncate(begun, offset)
+            self._file = begun.open("r+b", buffering=0)
+            while data := self._file.read(READ_BYTES):
+                self._hash.update(data)
 
     def write(self, data: bytes) -> None:
         with self._lock:
@@ -371,11 +463,26 @@ class FileUpload:
             if self._open:
                 self._end()
 
+    def suspend(self) -> None:
+        with self._lock:
+            if not self._open:
+                return
+            if self._suspend is not None and 0 < self._written <= self._size:
+                self._suspend(self._path)
+            self._end()
+
     def _end(self) -> None:
         self._open = False
         self._file.close()
         self._path.unlink(missing_ok=True)
         self._ended()
+
+
+def _modified(path: Path) -> float:
+    try:
+        return path.stat().st_mtime
+    except FileNotFoundError:
+        return 0.0  # somebody goes on with it just now
 
 
 def _sync_directory(path: Path) -> None:

@@ -288,7 +288,10 @@ class S3Store:
                 del self._wanted[next(iter(self._wanted))]
         return self.size(digest)
 
-    def upload(self, digest: str, size: int) -> FileUpload | None:
+    def received(self, sender: str, digests: Iterable[str]) -> dict[str, int]:
+        return self._incoming.received(sender, digests)
+
+    def upload(self, digest: str, size: int, *, sender: str = "", offset: int = 0) -> FileUpload | None:
         if self._wants(digest) == size:
             return None
         key = self.key(digest)
@@ -296,7 +299,7 @@ class S3Store:
         def keep(_file: BinaryIO, temporary: Path) -> None:
             self._bucket.put(key, temporary)
 
-        return self._incoming.begin(digest, size, keep)
+        return self._incoming.begin(digest, size, keep, sender=sender, offset=offset)
 
     def read(self, digest: str, offset: int) -> S3Reader:
         size = self.size(digest)
@@ -324,7 +327,8 @@ class S3Store:
         self._bucket.remove(self.key(digest))
 
     def discard_unfinished(self, older_than_s: float) -> int:
-        return self.transfers.discard_unfinished(older_than_s)
+        suspended = self._incoming.discard_suspended(older_than_s, self._now())
+        return suspended + self.transfers.discard_unfinished(older_than_s)
 
     def close(self) -> None:
         self._bucket.close()

@@ -162,11 +162,13 @@ def digests(request: agent_pb2.FindBlobsRequest) -> list[str]:
     return [digest(one, f"digests[{index}]") for index, one in enumerate(found)]
 
 
-def blob_header(request: agent_pb2.PutBlobRequest) -> tuple[str, int]:
-    """The digest and size of an upload, from its first message."""
+def blob_header(request: agent_pb2.PutBlobRequest) -> tuple[str, int, int]:
+    """The digest and size of an upload, and where it goes on, from its first message."""
     if request.WhichOneof("body") != "header":
         raise MalformedError("header: missing; the first message of an upload names digest and bytes")
-    return digest(request.header.digest, "header.digest"), _whole(request.header.bytes, "header.bytes")
+    size = _whole(request.header.bytes, "header.bytes")
+    offset = _whole(request.header.offset, "header.offset", size)
+    return digest(request.header.digest, "header.digest"), size, offset
 
 
 def presign_put(request: agent_pb2.PresignPutRequest) -> tuple[str, int]:

@@ -599,12 +599,14 @@ class PutBlobRequest(_message.Message):
     def __init__(self, header: _Optional[_Union[PutBlobHeader, _Mapping]] = ..., data: _Optional[bytes] = ...) -> None: ...
 
 class PutBlobHeader(_message.Message):
-    __slots__ = ("digest", "bytes")
+    __slots__ = ("digest", "bytes", "offset")
     DIGEST_FIELD_NUMBER: _ClassVar[int]
     BYTES_FIELD_NUMBER: _ClassVar[int]
+    OFFSET_FIELD_NUMBER: _ClassVar[int]
     digest: str
     bytes: int
-    def __init__(self, digest: _Optional[str] = ..., bytes: _Optional[int] = ...) -> None: ...
+    offset: int
+    def __init__(self, digest: _Optional[str] = ..., bytes: _Optional[int] = ..., offset: _Optional[int] = ...) -> None: ...
 
 class PutBlobReply(_message.Message):
     __slots__ = ("existed",)
@@ -619,10 +621,19 @@ class FindBlobsRequest(_message.Message):
     def __init__(self, digests: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class FindBlobsReply(_message.Message):
-    __slots__ = ("missing",)
+    __slots__ = ("missing", "received")
+    class ReceivedEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: int
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[int] = ...) -> None: ...
     MISSING_FIELD_NUMBER: _ClassVar[int]
+    RECEIVED_FIELD_NUMBER: _ClassVar[int]
     missing: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, missing: _Optional[_Iterable[str]] = ...) -> None: ...
+    received: _containers.ScalarMap[str, int]
+    def __init__(self, missing: _Optional[_Iterable[str]] = ..., received: _Optional[_Mapping[str, int]] = ...) -> None: ...
 
 class PresignPutRequest(_message.Message):
     __slots__ = ("digest", "bytes")

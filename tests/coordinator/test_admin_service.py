@@ -489,9 +489,15 @@ async def test_an_upload_that_is_dropped_leaves_nothing(c: RunningCoordinator) -
         call = agent.PutBlob()
         await call.write(agent_pb2.PutBlobRequest(header=agent_pb2.PutBlobHeader(digest="ab" * 32, bytes=10)))
         await call.write(agent_pb2.PutBlobRequest(data=b"half"))
-        await until(lambda: len(list(incoming.iterdir())) == 1)
+        await until(lambda: under_way(incoming) == 1)
         call.cancel()
-        await until(lambda: not list(incoming.iterdir()))
+        await until(lambda: under_way(incoming) == 0)
+    assert len(list(incoming.iterdir())) <= 1
+
+
+def under_way(incoming: Path) -> int:
+    """Uploads, but for what of a broken one its sender may go on with."""
+    return sum(not path.name.startswith("suspended-") for path in incoming.iterdir())
 
 
 async def test_uploads_of_one_peer_are_bounded_and_stalled_ones_dropped(tmp_path: Path) -> None:
@@ -505,9 +511,8 @@ async def test_uploads_of_one_peer_are_bounded_and_stalled_ones_dropped(tmp_path
         incoming = c.home / "blobs" / "incoming"
         await until(lambda: len(list(incoming.iterdir())) == 1)
         assert (await refusal(put(agent, b"abc")))[0] == agent_pb2.REFUSAL_RATE_LIMITED
-        found, message = await refusal(stalled)
-        assert found == agent_pb2.REFUSAL_INVALID
-        assert "nothing came for 0.3 s" in message
+        with pytest.raises(grpc.aio.AioRpcError, match=r"nothing came for 0\.3 s"):
+            await stalled
         assert not (await put(agent, b"abc")).existed
 
 

@@ -22,7 +22,7 @@ from obstore.store import S3Store as Outsider
 
 from agent.blobs import BlobCache, BlobClient
 from agent.errors import BlobError
-from coordinator.blobs import BlobRefusedError, BlobStore, DirectoryStore
+from coordinator.blobs import SUSPENDED_PER_SENDER, BlobRefusedError, BlobStore, BlobUpload, DirectoryStore
 from coordinator.blobs_s3 import Bucket, Place, S3Store
 from coordinator.core.model import Refusal
 from protos import agent_pb2, agent_pb2_grpc, ticket, wire
@@ -209,6 +209,72 @@ def test_uploads_never_touch_the_reserve_of_the_coordinators_disk(kind: Kind) ->
     with pytest.raises(BlobRefusedError, match="in reserve") as refused:
         kind.open(reserve_bytes=1 << 62).upload(digest_of(b"abc"), 3)
     assert refused.value.refusal is Refusal.NO_SPACE
+
+
+def begin(blobs: BlobStore, data: bytes, sender: str, *, sent: int, offset: int = 0) -> BlobUpload:
+    """An upload of which bytes from an offset up to another have come."""
+    upload = blobs.upload(digest_of(data), len(data), sender=sender, offset=offset)
+    assert upload is not None
+    upload.write(data[offset:sent])
+    return upload
+
+
+def test_an_upload_that_broke_goes_on_where_it_ended_also_after_a_restart(kind: Kind) -> None:
+    data = os.urandom(3_000)
+    digest = digest_of(data)
+    begin(kind.open(), data, "agent-a", sent=1_000).suspend()
+    blobs = kind.open()
+    assert blobs.received("agent-a", [digest, digest_of(b"other")]) == {digest: 1_000}
+    begin(blobs, data, "agent-a", sent=2_000, offset=1_000).suspend()
+    assert blobs.received("agent-a", [digest]) == {digest: 2_000}
+    assert blobs.missing([digest]) == [digest], "it is no blob yet"
+    upload = begin(blobs, data, "agent-a", sent=3_000, offset=1_500)  # also before the end of what is kept
+    upload.finish()
+    assert read(blobs, digest) == data
+    assert kind.everything() == [digest]
+
+
+def test_nobody_goes_on_with_what_another_sent(kind: Kind) -> None:
+    blobs, data = kind.open(), b"abcdef"
+    begin(blobs, data, "agent-a", sent=3).suspend()
+    assert blobs.received("agent-b", [digest_of(data)]) == {}
+    for offset, sender in ((3, "agent-b"), (4, "agent-a")):
+        with pytest.raises(BlobRefusedError, match="ask again what is missing") as refused:
+            blobs.upload(digest_of(data), len(data), sender=sender, offset=offset)
+        assert refused.value.refusal is Refusal.UNKNOWN_BLOB
+    begin(blobs, data, "agent-a", sent=3).discard()  # from the start, and given up for good
+    assert blobs.received("agent-a", [digest_of(data)]) == {}
+    assert kind.everything() == []
+
+
+def test_a_wrong_beginning_does_not_outlive_the_digest(kind: Kind) -> None:
+    blobs, data = kind.open(), b"abcdef"
+    upload = blobs.upload(digest_of(data), len(data), sender="agent-a")
+    assert upload is not None
+    upload.write(b"xyz")
+    upload.suspend()
+    upload = begin(blobs, data, "agent-a", sent=6, offset=3)
+    with pytest.raises(BlobRefusedError) as refused:
+        upload.finish()
+    assert refused.value.refusal is Refusal.DIGEST_MISMATCH
+    upload.discard()
+    assert kind.everything() == []
+
+
+def test_what_is_kept_of_broken_uploads_is_bounded_and_goes_in_time(kind: Kind) -> None:
+    later = 0.0
+    blobs = kind.open(now=lambda: time.time() + later)
+    pieces = [bytes([n]) * 10 for n in range(SUSPENDED_PER_SENDER + 2)]
+    for data in pieces:
+        begin(blobs, data, "agent-a", sent=5).suspend()
+    digests = [digest_of(data) for data in pieces]
+    assert len(blobs.received("agent-a", digests)) == SUSPENDED_PER_SENDER
+    begin(blobs, b"another's", "agent-b", sent=5).suspend()
+    assert len(blobs.received("agent-a", digests)) == SUSPENDED_PER_SENDER
+    assert blobs.discard_unfinished(100) == 0
+    later = 200.0
+    assert blobs.discard_unfinished(100) == SUSPENDED_PER_SENDER + 1
+    assert kind.everything() == []
 
 
 def test_the_same_blob_from_many_at_once_is_stored_once(kind: Kind) -> None:
