@@ -26,6 +26,7 @@ class Relay:
         self.cut_after: int | None = None
         self.cuts = 0
         self.server: asyncio.Server | None = None
+        self.connections: set[asyncio.Task[None]] = set()
 
     @property
     def address(self) -> str:
@@ -33,14 +34,24 @@ class Relay:
         return f"127.0.0.1:{self.server.sockets[0].getsockname()[1]}"
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        self.connections.add(task)
         inner_reader, inner_writer = await asyncio.open_connection(self._host, self._port)
-        down = asyncio.create_task(self._pump(inner_reader, writer))
+        pumps = (
+            asyncio.create_task(self._pump(reader, inner_writer, up=True)),
+            asyncio.create_task(self._pump(inner_reader, writer)),
+        )
         try:
-            await self._pump(reader, inner_writer, up=True)
+            await asyncio.wait(pumps, return_when=asyncio.FIRST_COMPLETED)
         finally:
-            down.cancel()
+            for pump in pumps:
+                pump.cancel()
             for each in (writer, inner_writer):
                 each.transport.abort()
+            await asyncio.gather(
+                *pumps, writer.wait_closed(), inner_writer.wait_closed(), return_exceptions=True
+            )
 
     async def _pump(
         self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, *, up: bool = False
@@ -61,8 +72,13 @@ class Relay:
 async def relayed(c: RunningCoordinator) -> AsyncIterator[Relay]:
     relay = Relay(c.main_address)
     relay.server = await asyncio.start_server(relay.serve, "127.0.0.1", 0)
-    yield relay
-    relay.server.close()
+    try:
+        yield relay
+    finally:
+        relay.server.close()
+        for connection in relay.connections:
+            connection.cancel()
+        await asyncio.gather(*relay.connections, return_exceptions=True)
 
 
 def received(c: RunningCoordinator) -> float:
