@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
+import itertools
 import json
 import socket
 import sqlite3
 import stat
 import subprocess
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -296,3 +299,33 @@ def test_replay_without_a_journal_is_bad_input(home: Path) -> None:
     result = run("replay", "--home", str(home))
     assert result.exit_code == 2
     assert "never served" in result.output
+
+
+# ------------------------------------------------------------------------------------------- memory
+
+
+def resident_mib(process: int, line: str) -> float:
+    found = next(
+        text for text in Path(f"/proc/{process}/status").read_text().splitlines() if text.startswith(line)
+    )
+    return int(found.split()[1]) / 1024
+
+
+def test_uploads_do_not_pile_up_in_memory(musterd: Musterd) -> None:
+    """A slow disk or a busy core must push back on the senders."""
+    blobs = [bytes([number]) * (48 * 2**20) for number in range(6)]
+
+    def upload(blob: bytes) -> bool:
+        header = agent_pb2.PutBlobHeader(digest=hashlib.sha256(blob).hexdigest(), bytes=len(blob))
+        chunks = (
+            agent_pb2.PutBlobRequest(data=blob[start : start + 2**20]) for start in range(0, len(blob), 2**20)
+        )
+        with admin_channel(musterd) as made:
+            requests = itertools.chain([agent_pb2.PutBlobRequest(header=header)], chunks)
+            stub = admin_pb2_grpc.AdminServiceStub(made)
+            return bool(stub.PutBlob(requests, timeout=120).existed)
+
+    before = resident_mib(musterd.process.pid, "VmRSS")
+    with ThreadPoolExecutor(len(blobs)) as senders:
+        assert list(senders.map(upload, blobs)) == [False] * len(blobs)
+    assert resident_mib(musterd.process.pid, "VmHWM") - before < 64
