@@ -569,9 +569,11 @@ class JobRun:
             self._began = lineage
             self._backlog = 0
             self.ledger.rewind(plan.committed_step)
+            self.ledger.forget_evaluations(0)
         elif not member.holds_state:
             # We were given up.  What we had agreed on before is everybody's; what we did then may be ours alone.
             self.ledger.rewind(max(plan.committed_step, self._backlog))
+            self.ledger.forget_evaluations(self._backlog)
 
     def _hand_out(
         self, plan: agent_pb2.Plan, member: agent_pb2.Member, checkpoint: Checkpoint | None

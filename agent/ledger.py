@@ -57,10 +57,14 @@ class Ledger:
         """Training goes on from `step`: what came after it never happened."""
         while self._steps and self._steps[-1].step > step:
             self._steps.pop()
-        while self._evaluations and self._evaluations[-1].step > step:
-            self._evaluations.pop()
+        self.forget_evaluations(step)
         self.last_step = min(self.last_step, step)
         self._acknowledged = min(self._acknowledged, step)
+
+    def forget_evaluations(self, after: int) -> None:
+        """Those of steps beyond `after` are of a state that was given up."""
+        while self._evaluations and self._evaluations[-1].step > after:
+            self._evaluations.pop()
 
     def batch(self, job_id: str, generation: int) -> agent_pb2.Progress | None:
         """The next message, within the wire's bounds; None if there is nothing to say.  The same again

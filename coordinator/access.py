@@ -46,6 +46,7 @@ MAIN_RULES: dict[str, frozenset[Role]] = {
     "/muster.v1.AdminService/SubmitJob": _ADMIN,
     "/muster.v1.AdminService/CommandJob": _ADMIN,
     "/muster.v1.AdminService/ScaleJob": _ADMIN,
+    "/muster.v1.AdminService/RollBackJob": _ADMIN,
     "/muster.v1.AdminService/ListJobs": _ONLOOKER,
     "/muster.v1.AdminService/GetJob": _ONLOOKER,
     "/muster.v1.AdminService/ListAgents": _ONLOOKER,

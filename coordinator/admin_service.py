@@ -34,6 +34,7 @@ from coordinator.core.model import (
     Presence,
     Refusal,
     Refused,
+    RollbackAsked,
     State,
     TokenAsked,
     TokenId,
@@ -135,6 +136,14 @@ class AdminService(admin_pb2_grpc.AdminServiceServicer):
         least, most = translate.nodes(request)
         job = await self._job(request.job)
         await self._decided(JobScaled(job_id=job.job_id, min_nodes=least, max_nodes=most))
+        return await self._job_view(job.job_id)
+
+    async def RollBackJob(  # noqa: N802
+        self, request: admin_pb2.RollBackJobRequest, _context: grpc.aio.ServicerContext
+    ) -> admin_pb2.View:
+        step = translate.rollback_step(request)
+        job = await self._job(request.job)
+        await self._decided(RollbackAsked(job_id=job.job_id, step=step, by=caller.get().id))
         return await self._job_view(job.job_id)
 
     async def ListJobs(  # noqa: N802

@@ -286,6 +286,11 @@ def job_action(kind: int) -> JobAction:
     return actions[kind]  # type: ignore[index]
 
 
+def rollback_step(request: admin_pb2.RollBackJobRequest) -> int:
+    """The step of the checkpoint to go back to."""
+    return _whole(request.step, "step", least=1)
+
+
 def checkpoint_action(kind: int) -> CheckpointAction:
     """What the operator wants of a checkpoint."""
     actions = {

@@ -23,6 +23,7 @@ from coordinator.core.model import (
     Job,
     NotYet,
     PendingCheckpoint,
+    Rollback,
     Standing,
     State,
     Token,
@@ -83,6 +84,7 @@ def job(
         "last_failure": one.last_failure,
         "checkpoints": len(one.checkpoints),
         "newest_checkpoint_step": None if newest is None else newest.step,
+        "rollback": None if one.rollback is None else _rollback(one.rollback),
         "pending_checkpoints": [_pending(pending) for pending in one.pending],
         "dataset": json.loads(spec.dataset_json).get("name") if spec.dataset_json else None,
         "tokenizer": json.loads(spec.dataset_json).get("tokenizer") if spec.dataset_json else None,
@@ -123,6 +125,15 @@ def _generation(state: State, generation: Generation) -> View:
             }
             for member in generation.members
         ],
+    }
+
+
+def _rollback(rollback: Rollback) -> View:
+    return {
+        "from_step": rollback.from_step,
+        "to_step": rollback.to_step,
+        "by": rollback.by,
+        "at_unix_ms": rollback.at_ms,
     }
 
 

@@ -25,19 +25,19 @@ _sym_db = _symbol_database.Default()
 from protos import agent_pb2 as protos_dot_agent__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x12protos/admin.proto\x12\tmuster.v1\x1a\x12protos/agent.proto\";\n\x10SubmitJobRequest\x12\x11\n\tspec_json\x18\x01 \x01(\t\x12\x14\n\x0c\x64\x61taset_json\x18\x02 \x01(\t\" \n\x0eSubmitJobReply\x12\x0e\n\x06job_id\x18\x01 \x01(\t\"\x15\n\x06JobRef\x12\x0b\n\x03job\x18\x01 \x01(\t\"I\n\x11JobCommandRequest\x12\x0b\n\x03job\x18\x01 \x01(\t\x12\'\n\x04kind\x18\x02 \x01(\x0e\x32\x19.muster.v1.JobCommandKind\"D\n\x0fScaleJobRequest\x12\x0b\n\x03job\x18\x01 \x01(\t\x12\x11\n\tmin_nodes\x18\x02 \x01(\r\x12\x11\n\tmax_nodes\x18\x03 \x01(\r\"\x14\n\x04View\x12\x0c\n\x04json\x18\x01 \x01(\t\"\x15\n\x05Views\x12\x0c\n\x04json\x18\x01 \x03(\t\"\x1a\n\x0bListRequest\x12\x0b\n\x03\x61ll\x18\x01 \x01(\x08\"\x19\n\x08\x41gentRef\x12\r\n\x05\x61gent\x18\x01 \x01(\t\"p\n\x13\x41gentCommandRequest\x12\r\n\x05\x61gent\x18\x01 \x01(\t\x12)\n\x04kind\x18\x02 \x01(\x0e\x32\x1b.muster.v1.AgentCommandKind\x12\x0e\n\x06reason\x18\x03 \x01(\t\x12\x0f\n\x07seconds\x18\x04 \x01(\x04\"?\n\x12\x43reateTokenRequest\x12\r\n\x05ttl_s\x18\x01 \x01(\x04\x12\x0c\n\x04uses\x18\x02 \x01(\r\x12\x0c\n\x04note\x18\x03 \x01(\t\"H\n\x10\x43reateTokenReply\x12\r\n\x05token\x18\x01 \x01(\t\x12\x10\n\x08token_id\x18\x02 \x01(\t\x12\x13\n\x0b\x65nroll_port\x18\x03 \x01(\r\"&\n\x12RevokeTokenRequest\x12\x10\n\x08token_id\x18\x01 \x01(\t\"*\n\rCheckpointRef\x12\x0b\n\x03job\x18\x01 \x01(\t\x12\x0c\n\x04step\x18\x02 \x01(\x04\"e\n\x18\x43heckpointCommandRequest\x12\x0b\n\x03job\x18\x01 \x01(\t\x12\x0c\n\x04step\x18\x02 \x01(\x04\x12.\n\x04kind\x18\x03 \x01(\x0e\x32 .muster.v1.CheckpointCommandKind\"(\n\x15\x43ollectGarbageRequest\x12\x0f\n\x07\x64ry_run\x18\x01 \x01(\x08\"(\n\x0f\x43heckpointReply\x12\x15\n\rmanifest_json\x18\x01 \x01(\t\"C\n\x0cWatchRequest\x12\x0b\n\x03job\x18\x01 \x01(\t\x12\x16\n\x0e\x61\x66ter_sequence\x18\x02 \x01(\x04\x12\x0e\n\x06\x66ollow\x18\x03 \x01(\x08\"T\n\x05\x45vent\x12\x10\n\x08sequence\x18\x01 \x01(\x04\x12\x0f\n\x07unix_ms\x18\x02 \x01(\x03\x12\x0c\n\x04kind\x18\x03 \x01(\t\x12\x0c\n\x04json\x18\x04 \x01(\t\x12\x0c\n\x04text\x18\x05 \x01(\t\"P\n\x0bLogsRequest\x12\x0b\n\x03job\x18\x01 \x01(\t\x12\x16\n\x0e\x61\x66ter_sequence\x18\x02 \x01(\x04\x12\x0e\n\x06\x66ollow\x18\x03 \x01(\x08\x12\x0c\n\x04tail\x18\x04 \x01(\r\"L\n\x07LogLine\x12\x10\n\x08sequence\x18\x01 \x01(\x04\x12\x0f\n\x07unix_ms\x18\x02 \x01(\x03\x12\x10\n\x08\x61gent_id\x18\x03 \x01(\t\x12\x0c\n\x04line\x18\x04 \x01(\t\"?\n\x0cStepsRequest\x12\x0b\n\x03job\x18\x01 \x01(\t\x12\x12\n\nafter_step\x18\x02 \x01(\x04\x12\x0e\n\x06\x66ollow\x18\x03 \x01(\x08\"^\n\nStepsReply\x12$\n\x05steps\x18\x01 \x03(\x0b\x32\x15.muster.v1.StepRecord\x12*\n\x0b\x65valuations\x18\x02 \x03(\x0b\x32\x15.muster.v1.Evaluation\"\x07\n\x05\x45mpty*\xc4\x01\n\x0eJobCommandKind\x12 \n\x1cJOB_COMMAND_KIND_UNSPECIFIED\x10\x00\x12\x1a\n\x16JOB_COMMAND_KIND_PAUSE\x10\x01\x12\x1b\n\x17JOB_COMMAND_KIND_RESUME\x10\x02\x12\x19\n\x15JOB_COMMAND_KIND_STOP\x10\x03\x12\x1b\n\x17JOB_COMMAND_KIND_CANCEL\x10\x04\x12\x1f\n\x1bJOB_COMMAND_KIND_CHECKPOINT\x10\x05*\xb3\x01\n\x10\x41gentCommandKind\x12\"\n\x1e\x41GENT_COMMAND_KIND_UNSPECIFIED\x10\x00\x12\x1c\n\x18\x41GENT_COMMAND_KIND_DRAIN\x10\x01\x12!\n\x1d\x41GENT_COMMAND_KIND_QUARANTINE\x10\x02\x12\x1e\n\x1a\x41GENT_COMMAND_KIND_RELEASE\x10\x03\x12\x1a\n\x16\x41GENT_COMMAND_KIND_BAN\x10\x04*\xa8\x01\n\x15\x43heckpointCommandKind\x12\'\n#CHECKPOINT_COMMAND_KIND_UNSPECIFIED\x10\x00\x12\x1f\n\x1b\x43HECKPOINT_COMMAND_KIND_PIN\x10\x01\x12!\n\x1d\x43HECKPOINT_COMMAND_KIND_UNPIN\x10\x02\x12\"\n\x1e\x43HECKPOINT_COMMAND_KIND_DELETE\x10\x03\x32\xd3\n\n\x0c\x41\x64minService\x12\x43\n\tSubmitJob\x12\x1b.muster.v1.SubmitJobRequest\x1a\x19.muster.v1.SubmitJobReply\x12;\n\nCommandJob\x12\x1c.muster.v1.JobCommandRequest\x1a\x0f.muster.v1.View\x12\x37\n\x08ScaleJob\x12\x1a.muster.v1.ScaleJobRequest\x1a\x0f.muster.v1.View\x12\x34\n\x08ListJobs\x12\x16.muster.v1.ListRequest\x1a\x10.muster.v1.Views\x12,\n\x06GetJob\x12\x11.muster.v1.JobRef\x1a\x0f.muster.v1.View\x12\x36\n\nListAgents\x12\x16.muster.v1.ListRequest\x1a\x10.muster.v1.Views\x12\x30\n\x08GetAgent\x12\x13.muster.v1.AgentRef\x1a\x0f.muster.v1.View\x12?\n\x0c\x43ommandAgent\x12\x1e.muster.v1.AgentCommandRequest\x1a\x0f.muster.v1.View\x12I\n\x0b\x43reateToken\x12\x1d.muster.v1.CreateTokenRequest\x1a\x1b.muster.v1.CreateTokenReply\x12\x36\n\nListTokens\x12\x16.muster.v1.ListRequest\x1a\x10.muster.v1.Views\x12=\n\x0bRevokeToken\x12\x1d.muster.v1.RevokeTokenRequest\x1a\x0f.muster.v1.View\x12\x36\n\x0fListCheckpoints\x12\x11.muster.v1.JobRef\x1a\x10.muster.v1.Views\x12\x45\n\rGetCheckpoint\x12\x18.muster.v1.CheckpointRef\x1a\x1a.muster.v1.CheckpointReply\x12=\n\x10VerifyCheckpoint\x12\x18.muster.v1.CheckpointRef\x1a\x0f.muster.v1.View\x12I\n\x11\x43ommandCheckpoint\x12#.muster.v1.CheckpointCommandRequest\x1a\x0f.muster.v1.View\x12\x43\n\x0e\x43ollectGarbage\x12 .muster.v1.CollectGarbageRequest\x1a\x0f.muster.v1.View\x12\x34\n\x05Watch\x12\x17.muster.v1.WatchRequest\x1a\x10.muster.v1.Event0\x01\x12\x34\n\x04Logs\x12\x16.muster.v1.LogsRequest\x1a\x12.muster.v1.LogLine0\x01\x12\x39\n\x05Steps\x12\x17.muster.v1.StepsRequest\x1a\x15.muster.v1.StepsReply0\x01\x12\x43\n\tFindBlobs\x12\x1b.muster.v1.FindBlobsRequest\x1a\x19.muster.v1.FindBlobsReply\x12<\n\x07GetBlob\x12\x19.muster.v1.GetBlobRequest\x1a\x14.muster.v1.BlobChunk0\x01\x12?\n\x07PutBlob\x12\x19.muster.v1.PutBlobRequest\x1a\x17.muster.v1.PutBlobReply(\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x12protos/admin.proto\x12\tmuster.v1\x1a\x12protos/agent.proto\";\n\x10SubmitJobRequest\x12\x11\n\tspec_json\x18\x01 \x01(\t\x12\x14\n\x0c\x64\x61taset_json\x18\x02 \x01(\t\" \n\x0eSubmitJobReply\x12\x0e\n\x06job_id\x18\x01 \x01(\t\"\x15\n\x06JobRef\x12\x0b\n\x03job\x18\x01 \x01(\t\"I\n\x11JobCommandRequest\x12\x0b\n\x03job\x18\x01 \x01(\t\x12\'\n\x04kind\x18\x02 \x01(\x0e\x32\x19.muster.v1.JobCommandKind\"/\n\x12RollBackJobRequest\x12\x0b\n\x03job\x18\x01 \x01(\t\x12\x0c\n\x04step\x18\x02 \x01(\x04\"D\n\x0fScaleJobRequest\x12\x0b\n\x03job\x18\x01 \x01(\t\x12\x11\n\tmin_nodes\x18\x02 \x01(\r\x12\x11\n\tmax_nodes\x18\x03 \x01(\r\"\x14\n\x04View\x12\x0c\n\x04json\x18\x01 \x01(\t\"\x15\n\x05Views\x12\x0c\n\x04json\x18\x01 \x03(\t\"\x1a\n\x0bListRequest\x12\x0b\n\x03\x61ll\x18\x01 \x01(\x08\"\x19\n\x08\x41gentRef\x12\r\n\x05\x61gent\x18\x01 \x01(\t\"p\n\x13\x41gentCommandRequest\x12\r\n\x05\x61gent\x18\x01 \x01(\t\x12)\n\x04kind\x18\x02 \x01(\x0e\x32\x1b.muster.v1.AgentCommandKind\x12\x0e\n\x06reason\x18\x03 \x01(\t\x12\x0f\n\x07seconds\x18\x04 \x01(\x04\"?\n\x12\x43reateTokenRequest\x12\r\n\x05ttl_s\x18\x01 \x01(\x04\x12\x0c\n\x04uses\x18\x02 \x01(\r\x12\x0c\n\x04note\x18\x03 \x01(\t\"H\n\x10\x43reateTokenReply\x12\r\n\x05token\x18\x01 \x01(\t\x12\x10\n\x08token_id\x18\x02 \x01(\t\x12\x13\n\x0b\x65nroll_port\x18\x03 \x01(\r\"&\n\x12RevokeTokenRequest\x12\x10\n\x08token_id\x18\x01 \x01(\t\"*\n\rCheckpointRef\x12\x0b\n\x03job\x18\x01 \x01(\t\x12\x0c\n\x04step\x18\x02 \x01(\x04\"e\n\x18\x43heckpointCommandRequest\x12\x0b\n\x03job\x18\x01 \x01(\t\x12\x0c\n\x04step\x18\x02 \x01(\x04\x12.\n\x04kind\x18\x03 \x01(\x0e\x32 .muster.v1.CheckpointCommandKind\"(\n\x15\x43ollectGarbageRequest\x12\x0f\n\x07\x64ry_run\x18\x01 \x01(\x08\"(\n\x0f\x43heckpointReply\x12\x15\n\rmanifest_json\x18\x01 \x01(\t\"C\n\x0cWatchRequest\x12\x0b\n\x03job\x18\x01 \x01(\t\x12\x16\n\x0e\x61\x66ter_sequence\x18\x02 \x01(\x04\x12\x0e\n\x06\x66ollow\x18\x03 \x01(\x08\"T\n\x05\x45vent\x12\x10\n\x08sequence\x18\x01 \x01(\x04\x12\x0f\n\x07unix_ms\x18\x02 \x01(\x03\x12\x0c\n\x04kind\x18\x03 \x01(\t\x12\x0c\n\x04json\x18\x04 \x01(\t\x12\x0c\n\x04text\x18\x05 \x01(\t\"P\n\x0bLogsRequest\x12\x0b\n\x03job\x18\x01 \x01(\t\x12\x16\n\x0e\x61\x66ter_sequence\x18\x02 \x01(\x04\x12\x0e\n\x06\x66ollow\x18\x03 \x01(\x08\x12\x0c\n\x04tail\x18\x04 \x01(\r\"L\n\x07LogLine\x12\x10\n\x08sequence\x18\x01 \x01(\x04\x12\x0f\n\x07unix_ms\x18\x02 \x01(\x03\x12\x10\n\x08\x61gent_id\x18\x03 \x01(\t\x12\x0c\n\x04line\x18\x04 \x01(\t\"?\n\x0cStepsRequest\x12\x0b\n\x03job\x18\x01 \x01(\t\x12\x12\n\nafter_step\x18\x02 \x01(\x04\x12\x0e\n\x06\x66ollow\x18\x03 \x01(\x08\"^\n\nStepsReply\x12$\n\x05steps\x18\x01 \x03(\x0b\x32\x15.muster.v1.StepRecord\x12*\n\x0b\x65valuations\x18\x02 \x03(\x0b\x32\x15.muster.v1.Evaluation\"\x07\n\x05\x45mpty*\xc4\x01\n\x0eJobCommandKind\x12 \n\x1cJOB_COMMAND_KIND_UNSPECIFIED\x10\x00\x12\x1a\n\x16JOB_COMMAND_KIND_PAUSE\x10\x01\x12\x1b\n\x17JOB_COMMAND_KIND_RESUME\x10\x02\x12\x19\n\x15JOB_COMMAND_KIND_STOP\x10\x03\x12\x1b\n\x17JOB_COMMAND_KIND_CANCEL\x10\x04\x12\x1f\n\x1bJOB_COMMAND_KIND_CHECKPOINT\x10\x05*\xb3\x01\n\x10\x41gentCommandKind\x12\"\n\x1e\x41GENT_COMMAND_KIND_UNSPECIFIED\x10\x00\x12\x1c\n\x18\x41GENT_COMMAND_KIND_DRAIN\x10\x01\x12!\n\x1d\x41GENT_COMMAND_KIND_QUARANTINE\x10\x02\x12\x1e\n\x1a\x41GENT_COMMAND_KIND_RELEASE\x10\x03\x12\x1a\n\x16\x41GENT_COMMAND_KIND_BAN\x10\x04*\xa8\x01\n\x15\x43heckpointCommandKind\x12\'\n#CHECKPOINT_COMMAND_KIND_UNSPECIFIED\x10\x00\x12\x1f\n\x1b\x43HECKPOINT_COMMAND_KIND_PIN\x10\x01\x12!\n\x1d\x43HECKPOINT_COMMAND_KIND_UNPIN\x10\x02\x12\"\n\x1e\x43HECKPOINT_COMMAND_KIND_DELETE\x10\x03\x32\x92\x0b\n\x0c\x41\x64minService\x12\x43\n\tSubmitJob\x12\x1b.muster.v1.SubmitJobRequest\x1a\x19.muster.v1.SubmitJobReply\x12;\n\nCommandJob\x12\x1c.muster.v1.JobCommandRequest\x1a\x0f.muster.v1.View\x12\x37\n\x08ScaleJob\x12\x1a.muster.v1.ScaleJobRequest\x1a\x0f.muster.v1.View\x12=\n\x0bRollBackJob\x12\x1d.muster.v1.RollBackJobRequest\x1a\x0f.muster.v1.View\x12\x34\n\x08ListJobs\x12\x16.muster.v1.ListRequest\x1a\x10.muster.v1.Views\x12,\n\x06GetJob\x12\x11.muster.v1.JobRef\x1a\x0f.muster.v1.View\x12\x36\n\nListAgents\x12\x16.muster.v1.ListRequest\x1a\x10.muster.v1.Views\x12\x30\n\x08GetAgent\x12\x13.muster.v1.AgentRef\x1a\x0f.muster.v1.View\x12?\n\x0c\x43ommandAgent\x12\x1e.muster.v1.AgentCommandRequest\x1a\x0f.muster.v1.View\x12I\n\x0b\x43reateToken\x12\x1d.muster.v1.CreateTokenRequest\x1a\x1b.muster.v1.CreateTokenReply\x12\x36\n\nListTokens\x12\x16.muster.v1.ListRequest\x1a\x10.muster.v1.Views\x12=\n\x0bRevokeToken\x12\x1d.muster.v1.RevokeTokenRequest\x1a\x0f.muster.v1.View\x12\x36\n\x0fListCheckpoints\x12\x11.muster.v1.JobRef\x1a\x10.muster.v1.Views\x12\x45\n\rGetCheckpoint\x12\x18.muster.v1.CheckpointRef\x1a\x1a.muster.v1.CheckpointReply\x12=\n\x10VerifyCheckpoint\x12\x18.muster.v1.CheckpointRef\x1a\x0f.muster.v1.View\x12I\n\x11\x43ommandCheckpoint\x12#.muster.v1.CheckpointCommandRequest\x1a\x0f.muster.v1.View\x12\x43\n\x0e\x43ollectGarbage\x12 .muster.v1.CollectGarbageRequest\x1a\x0f.muster.v1.View\x12\x34\n\x05Watch\x12\x17.muster.v1.WatchRequest\x1a\x10.muster.v1.Event0\x01\x12\x34\n\x04Logs\x12\x16.muster.v1.LogsRequest\x1a\x12.muster.v1.LogLine0\x01\x12\x39\n\x05Steps\x12\x17.muster.v1.StepsRequest\x1a\x15.muster.v1.StepsReply0\x01\x12\x43\n\tFindBlobs\x12\x1b.muster.v1.FindBlobsRequest\x1a\x19.muster.v1.FindBlobsReply\x12<\n\x07GetBlob\x12\x19.muster.v1.GetBlobRequest\x1a\x14.muster.v1.BlobChunk0\x01\x12?\n\x07PutBlob\x12\x19.muster.v1.PutBlobRequest\x1a\x17.muster.v1.PutBlobReply(\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'protos.admin_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_JOBCOMMANDKIND']._serialized_start=1426
-  _globals['_JOBCOMMANDKIND']._serialized_end=1622
-  _globals['_AGENTCOMMANDKIND']._serialized_start=1625
-  _globals['_AGENTCOMMANDKIND']._serialized_end=1804
-  _globals['_CHECKPOINTCOMMANDKIND']._serialized_start=1807
-  _globals['_CHECKPOINTCOMMANDKIND']._serialized_end=1975
+  _globals['_JOBCOMMANDKIND']._serialized_start=1475
+  _globals['_JOBCOMMANDKIND']._serialized_end=1671
+  _globals['_AGENTCOMMANDKIND']._serialized_start=1674
+  _globals['_AGENTCOMMANDKIND']._serialized_end=1853
+  _globals['_CHECKPOINTCOMMANDKIND']._serialized_start=1856
+  _globals['_CHECKPOINTCOMMANDKIND']._serialized_end=2024
   _globals['_SUBMITJOBREQUEST']._serialized_start=53
   _globals['_SUBMITJOBREQUEST']._serialized_end=112
   _globals['_SUBMITJOBREPLY']._serialized_start=114
@@ -46,46 +46,48 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_JOBREF']._serialized_end=169
   _globals['_JOBCOMMANDREQUEST']._serialized_start=171
   _globals['_JOBCOMMANDREQUEST']._serialized_end=244
-  _globals['_SCALEJOBREQUEST']._serialized_start=246
-  _globals['_SCALEJOBREQUEST']._serialized_end=314
-  _globals['_VIEW']._serialized_start=316
-  _globals['_VIEW']._serialized_end=336
-  _globals['_VIEWS']._serialized_start=338
-  _globals['_VIEWS']._serialized_end=359
-  _globals['_LISTREQUEST']._serialized_start=361
-  _globals['_LISTREQUEST']._serialized_end=387
-  _globals['_AGENTREF']._serialized_start=389
-  _globals['_AGENTREF']._serialized_end=414
-  _globals['_AGENTCOMMANDREQUEST']._serialized_start=416
-  _globals['_AGENTCOMMANDREQUEST']._serialized_end=528
-  _globals['_CREATETOKENREQUEST']._serialized_start=530
-  _globals['_CREATETOKENREQUEST']._serialized_end=593
-  _globals['_CREATETOKENREPLY']._serialized_start=595
-  _globals['_CREATETOKENREPLY']._serialized_end=667
-  _globals['_REVOKETOKENREQUEST']._serialized_start=669
-  _globals['_REVOKETOKENREQUEST']._serialized_end=707
-  _globals['_CHECKPOINTREF']._serialized_start=709
-  _globals['_CHECKPOINTREF']._serialized_end=751
-  _globals['_CHECKPOINTCOMMANDREQUEST']._serialized_start=753
-  _globals['_CHECKPOINTCOMMANDREQUEST']._serialized_end=854
-  _globals['_COLLECTGARBAGEREQUEST']._serialized_start=856
-  _globals['_COLLECTGARBAGEREQUEST']._serialized_end=896
-  _globals['_CHECKPOINTREPLY']._serialized_start=898
-  _globals['_CHECKPOINTREPLY']._serialized_end=938
-  _globals['_WATCHREQUEST']._serialized_start=940
-  _globals['_WATCHREQUEST']._serialized_end=1007
-  _globals['_EVENT']._serialized_start=1009
-  _globals['_EVENT']._serialized_end=1093
-  _globals['_LOGSREQUEST']._serialized_start=1095
-  _globals['_LOGSREQUEST']._serialized_end=1175
-  _globals['_LOGLINE']._serialized_start=1177
-  _globals['_LOGLINE']._serialized_end=1253
-  _globals['_STEPSREQUEST']._serialized_start=1255
-  _globals['_STEPSREQUEST']._serialized_end=1318
-  _globals['_STEPSREPLY']._serialized_start=1320
-  _globals['_STEPSREPLY']._serialized_end=1414
-  _globals['_EMPTY']._serialized_start=1416
-  _globals['_EMPTY']._serialized_end=1423
-  _globals['_ADMINSERVICE']._serialized_start=1978
-  _globals['_ADMINSERVICE']._serialized_end=3341
+  _globals['_ROLLBACKJOBREQUEST']._serialized_start=246
+  _globals['_ROLLBACKJOBREQUEST']._serialized_end=293
+  _globals['_SCALEJOBREQUEST']._serialized_start=295
+  _globals['_SCALEJOBREQUEST']._serialized_end=363
+  _globals['_VIEW']._serialized_start=365
+  _globals['_VIEW']._serialized_end=385
+  _globals['_VIEWS']._serialized_start=387
+  _globals['_VIEWS']._serialized_end=408
+  _globals['_LISTREQUEST']._serialized_start=410
+  _globals['_LISTREQUEST']._serialized_end=436
+  _globals['_AGENTREF']._serialized_start=438
+  _globals['_AGENTREF']._serialized_end=463
+  _globals['_AGENTCOMMANDREQUEST']._serialized_start=465
+  _globals['_AGENTCOMMANDREQUEST']._serialized_end=577
+  _globals['_CREATETOKENREQUEST']._serialized_start=579
+  _globals['_CREATETOKENREQUEST']._serialized_end=642
+  _globals['_CREATETOKENREPLY']._serialized_start=644
+  _globals['_CREATETOKENREPLY']._serialized_end=716
+  _globals['_REVOKETOKENREQUEST']._serialized_start=718
+  _globals['_REVOKETOKENREQUEST']._serialized_end=756
+  _globals['_CHECKPOINTREF']._serialized_start=758
+  _globals['_CHECKPOINTREF']._serialized_end=800
+  _globals['_CHECKPOINTCOMMANDREQUEST']._serialized_start=802
+  _globals['_CHECKPOINTCOMMANDREQUEST']._serialized_end=903
+  _globals['_COLLECTGARBAGEREQUEST']._serialized_start=905
+  _globals['_COLLECTGARBAGEREQUEST']._serialized_end=945
+  _globals['_CHECKPOINTREPLY']._serialized_start=947
+  _globals['_CHECKPOINTREPLY']._serialized_end=987
+  _globals['_WATCHREQUEST']._serialized_start=989
+  _globals['_WATCHREQUEST']._serialized_end=1056
+  _globals['_EVENT']._serialized_start=1058
+  _globals['_EVENT']._serialized_end=1142
+  _globals['_LOGSREQUEST']._serialized_start=1144
+  _globals['_LOGSREQUEST']._serialized_end=1224
+  _globals['_LOGLINE']._serialized_start=1226
+  _globals['_LOGLINE']._serialized_end=1302
+  _globals['_STEPSREQUEST']._serialized_start=1304
+  _globals['_STEPSREQUEST']._serialized_end=1367
+  _globals['_STEPSREPLY']._serialized_start=1369
+  _globals['_STEPSREPLY']._serialized_end=1463
+  _globals['_EMPTY']._serialized_start=1465
+  _globals['_EMPTY']._serialized_end=1472
+  _globals['_ADMINSERVICE']._serialized_start=2027
+  _globals['_ADMINSERVICE']._serialized_end=3453
 # @@protoc_insertion_point(module_scope)

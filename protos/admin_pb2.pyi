@@ -75,6 +75,14 @@ class JobCommandRequest(_message.Message):
     kind: JobCommandKind
     def __init__(self, job: _Optional[str] = ..., kind: _Optional[_Union[JobCommandKind, str]] = ...) -> None: ...
 
+class RollBackJobRequest(_message.Message):
+    __slots__ = ("job", "step")
+    JOB_FIELD_NUMBER: _ClassVar[int]
+    STEP_FIELD_NUMBER: _ClassVar[int]
+    job: str
+    step: int
+    def __init__(self, job: _Optional[str] = ..., step: _Optional[int] = ...) -> None: ...
+
 class ScaleJobRequest(_message.Message):
     __slots__ = ("job", "min_nodes", "max_nodes")
     JOB_FIELD_NUMBER: _ClassVar[int]

@@ -50,6 +50,11 @@ class AdminServiceStub:
                 request_serializer=protos_dot_admin__pb2.ScaleJobRequest.SerializeToString,
                 response_deserializer=protos_dot_admin__pb2.View.FromString,
                 _registered_method=True)
+        self.RollBackJob = channel.unary_unary(
+                '/muster.v1.AdminService/RollBackJob',
+                request_serializer=protos_dot_admin__pb2.RollBackJobRequest.SerializeToString,
+                response_deserializer=protos_dot_admin__pb2.View.FromString,
+                _registered_method=True)
         self.ListJobs = channel.unary_unary(
                 '/muster.v1.AdminService/ListJobs',
                 request_serializer=protos_dot_admin__pb2.ListRequest.SerializeToString,
@@ -164,6 +169,13 @@ class AdminServiceServicer:
 
     def ScaleJob(self, request, context):
         """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def RollBackJob(self, request, context):
+        """ends the generation; the next begins from the checkpoint
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
@@ -309,6 +321,11 @@ def add_AdminServiceServicer_to_server(servicer, server):
             'ScaleJob': grpc.unary_unary_rpc_method_handler(
                     servicer.ScaleJob,
                     request_deserializer=protos_dot_admin__pb2.ScaleJobRequest.FromString,
+                    response_serializer=protos_dot_admin__pb2.View.SerializeToString,
+            ),
+            'RollBackJob': grpc.unary_unary_rpc_method_handler(
+                    servicer.RollBackJob,
+                    request_deserializer=protos_dot_admin__pb2.RollBackJobRequest.FromString,
                     response_serializer=protos_dot_admin__pb2.View.SerializeToString,
             ),
             'ListJobs': grpc.unary_unary_rpc_method_handler(
@@ -487,6 +504,33 @@ class AdminService:
             target,
             '/muster.v1.AdminService/ScaleJob',
             protos_dot_admin__pb2.ScaleJobRequest.SerializeToString,
+            protos_dot_admin__pb2.View.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RollBackJob(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/muster.v1.AdminService/RollBackJob',
+            protos_dot_admin__pb2.RollBackJobRequest.SerializeToString,
             protos_dot_admin__pb2.View.FromString,
             options,
             channel_credentials,

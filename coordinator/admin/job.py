@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections.abc import Iterator, Mapping
 from datetime import datetime
@@ -21,6 +22,9 @@ if TYPE_CHECKING:
 
 ENDED = ("COMPLETED", "FAILED", "CANCELLED")
 POLL_S = 1.0
+
+
+_CHECKPOINT = re.compile(r"(?:(.+)@)?([1-9][0-9]{0,17})", re.ASCII)
 
 
 @click.group()
@@ -104,6 +108,7 @@ def show(*, coordinator: Coordinator, output: Output, job_ref: str) -> None:
             ("tokens/s", number(view.get("tokens_per_s"), ",.0f")),
             ("dataset", view.get("dataset")),
             ("newest checkpoint", view.get("newest_checkpoint_step")),
+            ("rolled back", _rolled_back(view.get("rollback"))),
             ("nodes", f"{view.get('min_nodes', '?')} to {view.get('max_nodes', '?')}"),
             ("generation", generation.get("number")),
             ("world size", generation.get("world_size")),
@@ -114,6 +119,13 @@ def show(*, coordinator: Coordinator, output: Output, job_ref: str) -> None:
             ("last failure", view.get("last_failure")),
         ],
     )
+
+
+def _rolled_back(rollback: Mapping[str, Any] | None) -> str:
+    if not rollback:
+        return ""
+    steps = f"from step {rollback.get('from_step')} to {rollback.get('to_step')}"
+    return f"{steps} by {rollback.get('by')}, {moment(rollback.get('at_unix_ms'))}"
 
 
 def _command(name: str, help: str) -> None:
@@ -137,6 +149,29 @@ _command("resume", "Let a paused job gather agents again.")
 _command("stop", "Leave after the current step, with a checkpoint, and end as COMPLETED.")
 _command("cancel", "End at once, without a checkpoint.")
 _command("checkpoint", "Take a checkpoint after the current step.")
+
+
+@job.command()
+@click.argument("job_ref", metavar="JOB")
+@click.option(
+    "--to", "target", metavar="CHECKPOINT", required=True, help="A checkpoint of it: its step, or JOB@STEP."
+)
+@with_coordinator
+def rollback(*, coordinator: Coordinator, output: Output, job_ref: str, target: str) -> None:
+    """Go back to a checkpoint, whatever the members hold.
+
+    The steps after it are rolled back and made anew.  Newer checkpoints are kept until training has come
+    past them, and never restored.  Works while the job runs, recovers, waits or is paused.
+    """
+    from protos import admin_pb2
+
+    match = _CHECKPOINT.fullmatch(target)
+    if match is None or match[1] not in (None, job_ref):
+        raise click.BadParameter(f"--to {target!r}: expected a step from 1 on, or {job_ref}@STEP.")
+    step = int(match[2])
+    request = admin_pb2.RollBackJobRequest(job=job_ref, step=step)
+    view = coordinator.view(coordinator.stub.RollBackJob, request)
+    output.done(view, f"{view.get('id', job_ref)}  {view.get('phase', '')}  goes on from step {step}")
 
 
 @job.command()

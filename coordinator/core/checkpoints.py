@@ -32,6 +32,7 @@ from coordinator.core.model import (
     ShardRecorded,
     ShardReported,
     State,
+    StatesDiffered,
 )
 
 MAX_PENDING = 2
@@ -51,11 +52,17 @@ class Kept(enum.Enum):
     PINNED = "pinned"
     IN_USE = "in_use"  # a generation is being formed from it
     DAMAGED = "damaged"  # until there is a newer one that is not
+    ROLLED_BACK = "rolled_back"  # given up, until training has come so far again
+
+
+def restorable(checkpoint: Checkpoint) -> bool:
+    """Whether training may begin from it: it is not known to be damaged, and no operator went back before it."""
+    return not checkpoint.damaged and not checkpoint.given_up
 
 
 def newest_good(job: Job) -> Checkpoint | None:
-    """The newest checkpoint that is not known to be damaged."""
-    return next((c for c in reversed(job.checkpoints) if not c.damaged), None)
+    """The newest checkpoint that training may begin from."""
+    return next((c for c in reversed(job.checkpoints) if restorable(c)), None)
 
 
 def report(state: State, job: Job, now_ms: int, event: ShardReported) -> Decision:
@@ -63,7 +70,7 @@ def report(state: State, job: Job, now_ms: int, event: ShardReported) -> Decisio
     refusal = _refuse(state, job, event)
     if refusal is not None:
         return Decision(reply=refusal)
-    if any(c.step == event.step and not c.damaged for c in job.checkpoints):
+    if any(c.step == event.step and restorable(c) for c in job.checkpoints):
         return Decision(reply=ShardAccepted(committed=True))
     shard = Shard(index=event.index, digest=event.digest, bytes=event.bytes)
     found = next((p for p in job.pending if p.step == event.step), None)
@@ -73,7 +80,7 @@ def report(state: State, job: Job, now_ms: int, event: ShardReported) -> Decisio
     if found is not None:
         clash = _clash(found, shard, event)
         if clash is not None:
-            return Decision(reply=clash)
+            return Decision(records=_differ(job, now_ms, found, event), reply=clash)
         if shard in found.shards:
             return Decision(reply=ShardAccepted(committed=False))
     records: list[Record] = []
@@ -130,7 +137,7 @@ def kept(job: Job) -> dict[int, tuple[Kept, ...]]:
 
     What cannot be restored does not count as one of the newest or best, so that the only one that can
     is always among the newest."""
-    good = [c for c in job.checkpoints if not c.damaged]
+    good = [c for c in job.checkpoints if restorable(c)]
     newest = good[-1].step if good else 0
     generation = job.generation
     forming = generation if generation is not None and generation.formed_ms is None else None
@@ -145,13 +152,14 @@ def kept(job: Job) -> dict[int, tuple[Kept, ...]]:
         Kept.PINNED: {c.step for c in job.checkpoints if c.pinned_by},
         Kept.IN_USE: {forming.from_checkpoint_step or 0} if forming is not None else set(),
         Kept.DAMAGED: {c.step for c in job.checkpoints if c.damaged and c.step > newest},
+        Kept.ROLLED_BACK: {c.step for c in job.checkpoints if c.given_up and c.step > newest},
     }
     return {c.step: tuple(why for why in Kept if c.step in steps[why]) for c in job.checkpoints}
 
 
 def retire(job: Job, now_ms: int) -> tuple[Record, ...]:
     """Let go of what nothing keeps."""
-    if len(job.checkpoints) <= job.spec.keep_checkpoints and not any(c.damaged for c in job.checkpoints):
+    if len(job.checkpoints) <= job.spec.keep_checkpoints and all(restorable(c) for c in job.checkpoints):
         return ()
     return tuple(
         CheckpointRetired(at_ms=now_ms, job_id=job.job_id, step=step)
@@ -160,18 +168,50 @@ def retire(job: Job, now_ms: int) -> tuple[Record, ...]:
     )
 
 
+_GIVEN_UP = "the job was taken back before it, and makes its steps anew"
+
+
+def _at(job: Job, step: int) -> Checkpoint | Refused:
+    found = next((c for c in job.checkpoints if c.step == step), None)
+    if found is not None:
+        return found
+    have = ", ".join(str(c.step) for c in job.checkpoints) or "none"
+    message = f"step: job {job.spec.name} has no checkpoint at step {step}; it has: {have}"
+    return Refused(refusal=Refusal.UNKNOWN_CHECKPOINT, message=message)
+
+
+def may_go_back(job: Job, step: int) -> Refused | None:
+    """Why the job cannot be taken back to its checkpoint of `step`; None if it can."""
+    found = _at(job, step)
+    if isinstance(found, Refused):
+        return found
+    if not restorable(found):
+        why = f"it is damaged ({found.damaged})" if found.damaged else _GIVEN_UP
+        return Refused(refusal=Refusal.INVALID, message=f"checkpoint {step} cannot be restored: {why}")
+    pinned = [str(c.step) for c in job.checkpoints if c.step > step and c.pinned_by]
+    if pinned:
+        # Training would store other ones of the same steps in their place.
+        return Refused(
+            refusal=Refusal.CHECKPOINT_NEEDED,
+            message=f"checkpoint {', '.join(pinned)} of job {job.spec.name} is pinned, and newer than {step}: its "
+            "steps would be made anew; export what you need of it, then unpin it",
+        )
+    return None
+
+
 def command(job: Job, now_ms: int, event: CheckpointCommanded) -> Decision:
     """What an operator wants of one checkpoint."""
-    found = next((c for c in job.checkpoints if c.step == event.step), None)
-    if found is None:
-        have = ", ".join(str(c.step) for c in job.checkpoints) or "none"
-        message = f"step: job {job.spec.name} has no checkpoint at step {event.step}; it has: {have}"
-        return Decision(reply=Refused(refusal=Refusal.UNKNOWN_CHECKPOINT, message=message))
+    found = _at(job, event.step)
+    if isinstance(found, Refused):
+        return Decision(reply=found)
     match event.action:
         case CheckpointAction.PIN | CheckpointAction.UNPIN:
             pin = event.action is CheckpointAction.PIN
             if pin == bool(found.pinned_by):
                 return Decision()
+            if pin and found.given_up:
+                message = f"checkpoint {found.step}: {_GIVEN_UP}; export it to keep it"
+                return Decision(reply=Refused(refusal=Refusal.INVALID, message=message))
             if pin and sum(1 for c in job.checkpoints if c.pinned_by) >= MOST_KEPT:
                 message = (
                     f"job {job.spec.name} has {MOST_KEPT:,} pinned checkpoints, which is as many as may be"
@@ -198,9 +238,9 @@ def _needed(job: Job, found: Checkpoint) -> str:
         return f"was pinned by {found.pinned_by}; unpin it first"
     if Kept.IN_USE in kept(job)[found.step]:
         return "is what a generation is being formed from; wait until it trains"
-    if found.damaged:
+    if not restorable(found):
         return ""
-    others = [c for c in job.checkpoints if not c.damaged and c is not found]
+    others = [c for c in job.checkpoints if restorable(c) and c is not found]
     if not others:
         return "is the only one that can be restored; it is never deleted"
     if job.phase not in ENDED and found is newest_good(job):
@@ -213,7 +253,7 @@ def evaluations(
 ) -> tuple[Record, ...]:
     """Keep what is new about committed steps.  What was said first of a step counts."""
     known = {e.step for e in job.evaluations}
-    known |= {c.step for c in job.checkpoints if c.evaluation_loss is not None}
+    known |= {c.step for c in job.checkpoints if c.evaluation_loss is not None and not c.given_up}
     oldest = job.evaluations[0].step if job.evaluations else 0
     new = {e.step: e for e in reversed(found) if oldest <= e.step <= committed_step and e.step not in known}
     return tuple(
@@ -281,6 +321,28 @@ def _clash(found: PendingCheckpoint, shard: Shard, event: ShardReported) -> Refu
                 message=f"shard {shard.index} of checkpoint {found.step} is already stored as {other.digest}",
             )
     return None
+
+
+def _differ(job: Job, now_ms: int, found: PendingCheckpoint, event: ShardReported) -> tuple[Record, ...]:
+    """Two members of one generation say different things about their common state: until somebody is
+    healed no checkpoint comes about, and nobody is found out before the next formation."""
+    generation = job.generation
+    if event.state_digest == found.state_digest or generation is None or generation.formed_ms is None:
+        return ()
+    if not event.generation == found.generation == generation.number:
+        return ()
+    members = {m.agent_id for m in generation.members}.difference(generation.gone)
+    if event.agent_id not in members or generation.collective_failed_ms is not None:
+        return ()
+    return (
+        StatesDiffered(
+            at_ms=now_ms,
+            job_id=job.job_id,
+            generation=generation.number,
+            agent_id=event.agent_id,
+            step=event.step,
+        ),
+    )
 
 
 def _is_json_object(text: str) -> bool:

@@ -49,6 +49,7 @@ from coordinator.core.model import (
     JobAdmitted,
     JobPhaseChanged,
     JobRescaled,
+    JobRolledBack,
     LeaseRenewed,
     LeasesRefreshed,
     ManifestCommitted,
@@ -64,6 +65,7 @@ from coordinator.core.model import (
     ShardRecorded,
     StandingChanged,
     State,
+    StatesDiffered,
     StepsCommitted,
     StepsRolledBack,
     StrikeCounted,
@@ -330,12 +332,22 @@ def describe(record: Record) -> str:
             return f"generation {record.generation} lost agent {record.agent_id}: {evidence}{_because(record.detail)}"
         case CollectiveFailed():
             return f"a collective of generation {record.generation} failed at agent {record.agent_id}"
+        case StatesDiffered():
+            return (
+                f"members of generation {record.generation} hold different states after step {record.step}, "
+                f"says agent {record.agent_id}"
+            )
         case FailureCounted():
             return f"job {record.job_id} failed at agent {record.agent_id}: {record.failure.value}: {record.detail}"
         case StepsCommitted():
             return f"job {record.job_id} committed steps {record.first_step} to {record.last_step}"
         case StepsRolledBack():
-            return f"job {record.job_id} goes back to step {record.to_step}: no member holds a later state"
+            return f"job {record.job_id} goes back to step {record.to_step}: later ones will be made again"
+        case JobRolledBack():
+            return (
+                f"job {record.job_id} is taken back from step {record.from_step} to checkpoint {record.to_step} "
+                f"by {record.by}"
+            )
         case ShardRecorded(shard=shard):
             return f"job {record.job_id}: shard {shard.index + 1} of {record.count} of checkpoint {record.step} stored"
         case ManifestCommitted(checkpoint=checkpoint):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hmac
 from dataclasses import replace
-from typing import assert_never
+from typing import Any, assert_never
 
 from coordinator.core import checkpoints
 from coordinator.core.forming import awaits_leaving, serving
@@ -57,6 +57,7 @@ from coordinator.core.model import (
     JobPhase,
     JobPhaseChanged,
     JobRescaled,
+    JobRolledBack,
     JobScaled,
     JobSubmitted,
     LeaseRenewed,
@@ -76,6 +77,7 @@ from coordinator.core.model import (
     Refusal,
     Refused,
     ReleasedReceived,
+    RollbackAsked,
     SessionClosed,
     SessionEnded,
     SessionOpened,
@@ -84,6 +86,7 @@ from coordinator.core.model import (
     StandingChanged,
     State,
     StepsCommitted,
+    StepsRolledBack,
     StrikeCounted,
     Tick,
     Token,
@@ -124,6 +127,8 @@ def decide(state: State, now_ms: int, event: Event) -> Decision:
             if job is None:
                 return _refuse(Refusal.UNKNOWN_JOB, f"no job has the id {event.job_id}")
             return checkpoints.command(job, now_ms, event)
+        case RollbackAsked():
+            return _roll_back(state, now_ms, event)
         case CoordinatorStarted():
             return _start(state, now_ms, event)
         case _:
@@ -840,6 +845,30 @@ def _command_job(state: State, now_ms: int, event: JobCommanded | JobScaled) -> 
             return _accept(CheckpointWanted(at_ms=now_ms, job_id=job.job_id, generation=number))
         case _:
             assert_never(event.action)
+
+
+def _roll_back(state: State, now_ms: int, event: RollbackAsked) -> Decision:
+    job = state.jobs.get(event.job_id)
+    if job is None:
+        return _refuse(Refusal.UNKNOWN_JOB, f"no job has the id {event.job_id}")
+    if job.phase in ENDED:
+        return _wrong_phase(job, "it has ended")
+    if job.phase is JobPhase.STOPPING:
+        return _wrong_phase(job, "its last checkpoint is being stored; wait until it is paused")
+    refused = checkpoints.may_go_back(job, event.step)
+    if refused is not None:
+        return Decision(reply=refused)
+    same: dict[str, Any] = {"at_ms": now_ms, "job_id": job.job_id}
+    records: list[Record] = [
+        JobRolledBack(**same, from_step=job.committed_step, to_step=event.step, by=event.by)
+    ]
+    if event.step < job.committed_step:
+        records.append(StepsRolledBack(**same, to_step=event.step))
+    if job.phase in (JobPhase.RUNNING, JobPhase.RECOVERING):
+        detail = f"by {event.by}, from step {job.committed_step} to checkpoint {event.step}"
+        why = Why.ROLLED_BACK_BY_OPERATOR
+        records.append(JobPhaseChanged(**same, phase=JobPhase.RECOVERING, why=why, detail=detail))
+    return _accept(*records)
 
 
 def _change(now_ms: int, job: Job, phase: JobPhase, reason: Why) -> Decision:

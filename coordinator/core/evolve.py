@@ -49,6 +49,7 @@ from coordinator.core.model import (
     JobPhase,
     JobPhaseChanged,
     JobRescaled,
+    JobRolledBack,
     LeaseRenewed,
     LeasesRefreshed,
     ManifestCommitted,
@@ -62,10 +63,12 @@ from coordinator.core.model import (
     PendingDropped,
     Presence,
     Record,
+    Rollback,
     SessionEnded,
     ShardRecorded,
     StandingChanged,
     State,
+    StatesDiffered,
     StepsCommitted,
     StepsRolledBack,
     StrikeCounted,
@@ -219,7 +222,7 @@ def evolve(state: State, record: Record) -> None:
                 ),
             )
             _set(state, record.agent_id, readiness=None, failed_generation=record.generation)
-        case CollectiveFailed():
+        case CollectiveFailed() | StatesDiffered():
             job, generation = _generation(state, record.job_id)
             first_ms = generation.collective_failed_ms
             _set_generation(
@@ -259,6 +262,8 @@ def evolve(state: State, record: Record) -> None:
                 pending=tuple(p for p in job.pending if p.step <= record.to_step),
                 evaluations=tuple(e for e in job.evaluations if e.step <= record.to_step),
             )
+        case JobRolledBack():
+            _roll_back(state, record)
         case ShardRecorded():
             _record_shard(state, record)
         case ManifestCommitted():
@@ -622,12 +627,46 @@ def _change_checkpoint(
     _set_job(state, job, checkpoints=checkpoints)
 
 
+def _roll_back(state: State, record: JobRolledBack) -> None:
+    job = state.jobs[record.job_id]
+    generation = job.generation
+    if generation is not None:
+        inside = (*(member.agent_id for member in generation.members), *generation.leaving)
+        out = tuple(a for a in inside if a not in generation.gone)
+        generation = replace(
+            generation,
+            gone=(*generation.gone, *out),
+            leaving=(),
+            uploading=(),
+            holders=(),
+            checkpoint_before_cut=False,
+        )
+    _set_job(
+        state,
+        job,
+        generation=generation,
+        checkpoints=tuple(
+            replace(c, given_up=True) if c.step > record.to_step else c for c in job.checkpoints
+        ),
+        pending=(),  # what is still to be stored of it is fenced off
+        evaluations=tuple(e for e in job.evaluations if e.step <= record.to_step),
+        committed_digest="",
+        lineage=job.generation_count + 1,
+        rollback=Rollback(
+            at_ms=record.at_ms, from_step=record.from_step, to_step=record.to_step, by=record.by
+        ),
+        gathered_ms=None,
+        standby_ms=None,
+    )
+
+
 def _evaluate(state: State, record: EvaluationRecorded) -> None:
     job, new = state.jobs[record.job_id], record.evaluation
     others: tuple[Evaluation, ...] = tuple(e for e in job.evaluations if e.step != new.step)
     newest = sorted((*others, new), key=lambda e: e.step)[-EVALUATIONS_KEPT:]
     checkpoints = tuple(
-        replace(c, evaluation_loss=new.loss) if c.step == new.step else c for c in job.checkpoints
+        replace(c, evaluation_loss=new.loss) if c.step == new.step and not c.given_up else c
+        for c in job.checkpoints
     )
     _set_job(state, job, evaluations=tuple(newest), checkpoints=checkpoints)
 

@@ -254,10 +254,16 @@ def _gather(state: State, job: Job) -> Proposal | NotYet:
     return Proposal(
         members=members,
         cut=Cut.ABORT,
-        why=Why.AGENTS_ASSIGNED if job.generation is None else Why.MEMBER_JOINED,
+        why=_why_gathered(job),
         at_ms=at_ms,
         waiting=NotYet(why=waits_for, have=len(ready), need=job.spec.max_nodes),
     )
+
+
+def _why_gathered(job: Job) -> Why:
+    if job.generation is None:
+        return Why.AGENTS_ASSIGNED
+    return Why.ROLLED_BACK_BY_OPERATOR if job.lineage > job.generation.number else Why.MEMBER_JOINED
 
 
 def _too_few(state: State, job: Job, have: int, need: int, more: bool) -> NotYet:

@@ -205,6 +205,7 @@ class Why(enum.Enum):
     PAUSED_BY_OPERATOR = "paused_by_operator"
     RESUMED_BY_OPERATOR = "resumed_by_operator"
     SCALED_BY_OPERATOR = "scaled_by_operator"
+    ROLLED_BACK_BY_OPERATOR = "rolled_back_by_operator"
     STOPPED_BY_OPERATOR = "stopped_by_operator"
     CANCELLED_BY_OPERATOR = "cancelled_by_operator"
     FINISHED = "finished"
@@ -395,6 +396,7 @@ class Checkpoint:
     damaged: str = ""  # why it cannot be restored, if found so
     evaluation_loss: float | None = None  # after exactly this step; None if it was not evaluated
     pinned_by: str = ""  # the operator who wants it kept; empty if nobody does
+    given_up: bool = False  # an operator went back before it: its steps will be made anew
     doubted_by: tuple[AgentId, ...] = ()  # leaders that could not restore it, which may be their own fault
 
 
@@ -404,6 +406,16 @@ class Evaluation:
 
     step: int
     loss: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rollback:
+    """An operator took the job back to a checkpoint."""
+
+    at_ms: int
+    from_step: int
+    to_step: int
+    by: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -429,8 +441,10 @@ class Job:
     evaluations: tuple[Evaluation, ...] = ()  # the newest few, by step: their checkpoint may be on its way
     gathered_ms: int | None = None  # when min_nodes were first ready (last call starts)
     standby_ms: int | None = None  # when the first ready standby appeared while RUNNING
+    rollback: Rollback | None = None  # the last one
     lineage: int = 0
-    """Number of the last generation that began from a checkpoint or afresh.  What an older generation
+    """Number of the last generation that began from a checkpoint or afresh; after a rollback, of the one
+    that will.  What an older generation
     still has to say about steps belongs to a state that was given up."""
     failed_step: int = 0  # committed_step when a failure was last counted
     failed_generation: int = 0  # a generation's failure counts once, however many members report it
@@ -678,6 +692,16 @@ class CheckpointCommanded:
     """The operator."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RollbackAsked:
+    """Go back to a checkpoint, whatever the members hold."""
+
+    job_id: JobId
+    step: int
+    by: str
+    """The operator."""
+
+
 class AgentAction(enum.Enum):
     DRAIN = "drain"
     QUARANTINE = "quarantine"
@@ -737,6 +761,7 @@ Event = (
     | JobCommanded
     | JobScaled
     | CheckpointCommanded
+    | RollbackAsked
     | AgentCommanded
     | TokenAsked
     | TokenRevokeAsked
@@ -946,6 +971,18 @@ class CollectiveFailed:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class StatesDiffered:
+    """The agent's shard is of another state than its peers' of the same generation and step: some memory is
+    damaged.  The generation forms again, which heals whoever is in the minority and finds it out."""
+
+    at_ms: int
+    job_id: JobId
+    generation: int
+    agent_id: AgentId
+    step: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class FailureCounted:
     at_ms: int
     job_id: JobId
@@ -967,12 +1004,26 @@ class StepsCommitted:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepsRolledBack:
-    """All state was lost; training goes on from a checkpoint and later steps will be computed again.
+    """Training goes on from a checkpoint, since all state was lost or an operator wants it; later steps will
+    be computed again.
     The shell deletes steps after `to_step` from the step log in the same transaction."""
 
     at_ms: int
     job_id: JobId
     to_step: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JobRolledBack:
+    """An operator took the job back to the checkpoint of `to_step`: its generation is over, what the members
+    hold counts for nothing, and newer checkpoints are not restored.  StepsRolledBack follows if there
+    are later steps."""
+
+    at_ms: int
+    job_id: JobId
+    from_step: int
+    to_step: int
+    by: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -1153,9 +1204,11 @@ DurableRecord = (
     | MemberReleased
     | MemberLost
     | CollectiveFailed
+    | StatesDiffered
     | FailureCounted
     | StepsCommitted
     | StepsRolledBack
+    | JobRolledBack
     | ShardRecorded
     | ManifestCommitted
     | PendingDropped

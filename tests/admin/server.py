@@ -71,6 +71,10 @@ class Service(admin_pb2_grpc.AdminServiceServicer):
         job |= {"min_nodes": request.min_nodes, "max_nodes": request.max_nodes}
         return admin_pb2.View(json=json.dumps(job))
 
+    def RollBackJob(self, request, context):
+        rollback = {"from_step": 9, "to_step": request.step, "by": "olga", "at_unix_ms": 0}
+        return admin_pb2.View(json=json.dumps(self._job(request.job, context) | {"rollback": rollback}))
+
     def ListJobs(self, request, context):
         ended = {"COMPLETED", "FAILED", "CANCELLED"}
         shown = [job for job in self.jobs.values() if request.all or job["phase"] not in ended]
@@ -115,6 +119,15 @@ class Service(admin_pb2_grpc.AdminServiceServicer):
         if step not in steps:
             self._refuse(context, agent_pb2.REFUSAL_UNKNOWN_CHECKPOINT, f"no checkpoint at step {step}")
         return admin_pb2.CheckpointReply(manifest_json=self.manifests[request.job, step])
+
+    def CommandCheckpoint(self, request, context):
+        self.requests.append(request)
+        manifest = json.loads(self.GetCheckpoint(request, context).manifest_json)
+        return admin_pb2.View(json=json.dumps({"step": manifest["step"], "kept": ["last"]}))
+
+    def CollectGarbage(self, request, context):
+        view = {"dry_run": request.dry_run, "blobs": 2, "bytes": 2048, "young_blobs": 1, "young_bytes": 10}
+        return admin_pb2.View(json=json.dumps(view))
 
     def VerifyCheckpoint(self, request, context):
         manifest = json.loads(self.GetCheckpoint(request, context).manifest_json)

@@ -275,6 +275,8 @@ def test_an_unknown_job_is_a_refusal(muster) -> None:
         ["job", "scale", "one", "3:1"],
         ["job", "scale", "one", "0:1"],
         ["job", "scale", "one", "two"],
+        ["job", "rollback", "one", "--to", "newest"],
+        ["job", "rollback", "one", "--to", "two@5"],
         ["job", "logs", "one", "--tail", "-1"],
         ["agent", "quarantine", "a", "--for", "soon"],
         ["checkpoint", "show", "job@zero"],

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from protos import admin_pb2
 from tests.admin.conftest import error_line
 from tests.admin.server import Served
 
@@ -70,6 +71,26 @@ def test_verify_fails_for_a_damaged_shard(muster, served: Served, stored: Path) 
     assert result.exit_code == 1
     assert json.loads(result.stdout)["problems"][0]["problem"] == "is damaged"
     assert "is damaged" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("verb", "says"), [("pin", "is kept until"), ("unpin", "no longer than"), ("delete", "is deleted")]
+)
+def test_a_checkpoint_is_pinned_and_let_go(
+    muster, served: Served, stored: Path, verb: str, says: str
+) -> None:
+    result = muster("checkpoint", verb, f"{JOB}@2")
+    assert result.exit_code == 0
+    assert says in result.stdout
+    [request] = served.service.requests
+    assert (request.job, request.step) == (JOB, 2)
+    assert request.kind == admin_pb2.CheckpointCommandKind.Value(f"CHECKPOINT_COMMAND_KIND_{verb.upper()}")
+
+
+def test_gc_says_what_went_or_would_go(muster) -> None:
+    young = "1 more (10 B) are younger than their grace\n"
+    assert muster("checkpoint", "gc").stdout == f"2 blobs (2.0 KiB) removed; {young}"
+    assert muster("checkpoint", "gc", "--dry-run").stdout == f"2 blobs (2.0 KiB) would be removed; {young}"
 
 
 @pytest.mark.parametrize("form", ["hf", "safetensors"])

@@ -209,6 +209,13 @@ def test_scale_sends_both_bounds(muster_json, served: Served) -> None:
     assert (view["min_nodes"], view["max_nodes"]) == (2, 8)
 
 
+def test_rollback_names_a_checkpoint_of_the_job(muster, muster_json, served: Served) -> None:
+    served.service.jobs = {"j1": {"id": "j1", "name": "one", "phase": "RECOVERING"}}
+    for target in ("7", "one@7"):
+        assert muster_json("job", "rollback", "one", "--to", target)["rollback"]["to_step"] == 7
+    assert muster("job", "rollback", "one", "--to", "7").stdout == "j1  RECOVERING  goes on from step 7\n"
+
+
 @pytest.mark.parametrize(("phase", "status"), [("COMPLETED", 0), ("FAILED", 5), ("CANCELLED", 5)])
 def test_wait_ends_with_a_status_for_the_jobs_end(muster, served: Served, phase: str, status: int) -> None:
     served.service.jobs = {"j1": {"id": "j1", "name": "one", "phase": phase, "detail": "the worker raised"}}

@@ -14,10 +14,10 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 
-from coordinator import views
+from coordinator import jobfile, views
 from coordinator.admin.cli import main
 from coordinator.admin.fleet import Fleet
-from coordinator.core.model import Agent, AgentId, State, Timing
+from coordinator.core.model import Agent, AgentId, Checkpoint, Job, JobId, State, Timing
 from protos import wire
 from tests.admin.conftest import error_line
 from tests.admin.test_job import write_dataset, write_job
@@ -128,6 +128,18 @@ def test_an_observer_may_look_but_not_touch(
 def test_an_unknown_agent_is_refused_with_what_to_look_at(real: Callable[..., Result]) -> None:
     result = real("agent", "drain", "nobody")
     assert (result.exit_code, "UNKNOWN_AGENT" in error_line(result)) == (4, True)
+
+
+def test_every_key_of_a_checkpoints_view_is_documented(fleet: Fleet, real: Callable[..., Result]) -> None:
+    found = Checkpoint(
+        step=1, generation=1, manifest_json='{"shards":[]}', manifest_digest="", state_digest="", bytes=0, committed_ms=0
+    )  # fmt: skip
+    spec = jobfile.job_spec({"name": "n"}, "")
+    job = Job(job_id=JobId("j"), spec=spec, submitted_ms=0, order=0, checkpoints=(found,))
+    view = views.checkpoint(job, found)
+    assert undocumented(view) == set()
+    assert view["kept"] == ["last"]
+    assert undocumented(loaded(real("checkpoint", "gc", "--dry-run", "-o", "json"))) == set()
 
 
 def test_every_key_of_an_agents_view_is_documented() -> None:

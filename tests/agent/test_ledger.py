@@ -70,6 +70,17 @@ def test_evaluations_travel_until_they_arrived_and_also_alone() -> None:
     assert [e.step for e in last.evaluations] == [3]
 
 
+def test_evaluations_of_a_state_that_was_given_up_are_forgotten() -> None:
+    book = filled(3)
+    for step in (1, 2, 3):
+        book.evaluated(agent_pb2.Evaluation(step=step, loss=1.0))
+    book.acknowledge(3)
+    book.forget_evaluations(1)
+    progress = book.batch("j", 1)
+    assert progress is not None
+    assert [e.step for e in progress.evaluations] == [1]
+
+
 def test_full_ledger_keeps_the_newest() -> None:
     book = filled(ledger.STEPS + 5)
     assert len(book) == ledger.STEPS

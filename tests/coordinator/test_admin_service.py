@@ -581,6 +581,39 @@ async def test_an_operator_pins_deletes_and_sweeps(tmp_path: Path) -> None:
         assert kinds[-1].endswith("checkpoint 2 deleted by admin")
 
 
+async def test_a_rollback_ends_the_generation_and_names_who_wanted_it(pair: Pair) -> None:
+    admin = await pair.c.admin()
+    await pair.progress(1, 2)
+    assert (await pair.checkpoint(2, [b"state"]))[-1]
+    assert await pair.progress(3, 4) == 4
+    for step, wanted in ((3, agent_pb2.REFUSAL_UNKNOWN_CHECKPOINT), (0, agent_pb2.REFUSAL_INVALID)):
+        request = admin_pb2.RollBackJobRequest(job="demo", step=step)
+        assert (await refusal(admin.RollBackJob(request)))[0] == wanted
+    view = json.loads((await admin.RollBackJob(admin_pb2.RollBackJobRequest(job="demo", step=2))).json)
+    assert (view["phase"], view["why"], view["committed_step"]) == (
+        "RECOVERING",
+        "rolled_back_by_operator",
+        2,
+    )
+    told = view["rollback"]
+    assert (told["from_step"], told["to_step"], told["by"]) == (4, 2, "admin")
+    assert [row.step for row in pair.c.coordinator.journal.steps(pair.job_id, 0)] == [1, 2]
+    assert [row.step for row in pair.c.coordinator.journal.evaluations(pair.job_id, 0, 99)] == [2]
+    # What a member of the ended generation says is acknowledged only as far as it is still so.
+    assert await pair.progress(3, 5) == 2
+    for port, session in enumerate(pair.sessions, 30_000):
+        ready = agent_pb2.Ready(
+            job_id=pair.job_id, store_host="127.0.0.1", store_port=port, step=4, holds_state=True,
+            generation=pair.generation,
+        )  # fmt: skip
+        await session.say(ready=ready)
+    for session in pair.sessions:
+        plan = (await session.hear("plan")).plan
+        assert (plan.from_checkpoint, plan.committed_step, plan.lineage) == (True, 2, plan.generation)
+        assert json.loads(plan.checkpoint_json)["step"] == 2
+        assert not any(member.holds_state for member in plan.members)
+
+
 # ------------------------------------------------------------------------------------- around
 
 

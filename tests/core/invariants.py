@@ -15,6 +15,7 @@ from coordinator.core.model import (
     GenerationPlanned,
     JobId,
     JobPhase,
+    JobRolledBack,
     ManifestCommitted,
     MemberLost,
     PushPlan,
@@ -39,7 +40,7 @@ def check_state(state: State, now_ms: int) -> None:
         if job.phase in ENDED or job.phase is JobPhase.PAUSED:
             assert job.assigned == (), f"{job.phase} has agents"
         assert len(job.pending) <= 2
-        assert all(c.step <= job.committed_step or c.damaged for c in job.checkpoints)
+        assert all(c.step <= job.committed_step or c.damaged or c.given_up for c in job.checkpoints)
         generation = job.generation
         if generation is not None:
             assert generation.number == job.generation_count
@@ -72,8 +73,9 @@ def check_nothing_held_was_given_up(
 ) -> None:
     """Promise 1: no committed step is lost while one up-to-date member lives."""
     proven_lost = {record.agent_id for record in outcome.records if isinstance(record, MemberLost)}
+    wanted = {record.job_id for record in outcome.records if isinstance(record, JobRolledBack)}
     for record in outcome.records:
-        if isinstance(record, StepsRolledBack):
+        if isinstance(record, StepsRolledBack) and record.job_id not in wanted:
             job = state.jobs[record.job_id]
             alive = [a for a in held.get(job.job_id, ()) if a not in proven_lost and serving(state, job, a)]
             assert not alive, f"rolled back to {record.to_step} although {alive} hold more"

@@ -17,6 +17,7 @@ One line is one command.  Agents, and jobs, have one-word names that are also th
     operator pause | resume | stop | cancel | checkpoint | scale 1 2 [tiny]
     agent a evaluates 20 1.5                the loss on the held-out slices after a step
     operator pin 20 | unpin 20 | delete 20  a checkpoint of the job
+    operator rollback 20                    to the checkpoint of that step
     operator drain a | quarantine a for 500 | release a | ban a
     coordinator restarts                    from what is durable
     expect ...                              about what came of the last command, or the state now
@@ -67,6 +68,7 @@ from coordinator.core.model import (
     ReleasedReceived,
     Reply,
     Requirements,
+    RollbackAsked,
     SessionClosed,
     SessionId,
     SessionOpened,
@@ -359,6 +361,8 @@ class Scenario:
                 job_id=self.job().job_id, step=int(rest[0]), action=CheckpointAction(verb), by="olga"
             )
             self.happen(command)
+        elif verb == "rollback":
+            self.happen(RollbackAsked(job_id=self.job().job_id, step=int(rest[0]), by="olga"))
         elif verb in {action.value for action in JobAction}:
             job = self.job(rest[0] if rest else None)
             self.happen(JobCommanded(job_id=job.job_id, action=JobAction(verb)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 from collections.abc import Callable
@@ -194,6 +195,48 @@ def test_paused_job_resumes_where_it_was(
     paused_at = fleet.job(job)["committed_step"]
     assert paused_at == len(fleet.steps(job))
     fleet.muster("job", "resume", job)
+
+    check_same_losses(stopped_log(fleet, job, job_config, dataset), reference)
+
+
+def test_rolled_back_job_makes_its_steps_anew_from_the_checkpoint(
+    fleet: Fleet, make_config: Config, dataset: Path, reference: list[agent_pb2.StepRecord]
+) -> None:
+    """While it runs, and while it is paused: whatever the members hold, and without restarting a worker."""
+    job_config = make_config(steps=ENDLESS)
+    job = start_three(fleet, job_config)
+    saved = fleet.wait_event(
+        lambda kind, record: kind == "ManifestCommitted" and record["checkpoint"]["step"] >= 20,
+        "a checkpoint at step 20 or later",
+        job=job,
+    )
+    target = json.loads(saved.json)["checkpoint"]["step"]
+    fleet.muster("checkpoint", "pin", f"{job}@{target}")
+    fleet.wait_step(job, target + 15)
+    workers = {name: agent.workers() for name, agent in fleet.agents.items()}
+    first = fleet.job(job)["generation"]["number"]
+
+    rolled_back = fleet.muster("job", "rollback", job, "--to", f"{job}@{target}")["rollback"]
+    assert (rolled_back["to_step"], rolled_back["by"]) == (target, "admin")
+    assert rolled_back["from_step"] >= target + 15
+    second = fleet.wait_generation(job, members=3, after=first)
+    generation = fleet.job(job)["generation"]
+    assert (generation["from_checkpoint_step"], generation["reason"]) == (target, "rolled_back_by_operator")
+    fleet.wait_step(job, target + 15)
+    assert {name: agent.workers() for name, agent in fleet.agents.items()} == workers
+    anew = [record for record in fleet.steps(job) if record.step > target]
+    assert all(record.generation >= second for record in anew), "made after the rollback"
+
+    fleet.muster("job", "pause", job)
+    fleet.wait_event(lambda kind, r: kind == "JobPhaseChanged" and r["phase"] == "PAUSED", "PAUSED", job=job)
+    newer = fleet.job(job)["newest_checkpoint_step"]
+    assert newer > target, "pausing saves the last step"
+    fleet.muster("job", "rollback", job, "--to", str(target))
+    kept = {view["step"]: view["kept"] for view in fleet.muster("checkpoint", "list", job)}
+    assert "rolled_back" in kept[newer]
+    assert fleet.job(job)["committed_step"] == len(fleet.steps(job)) == target
+    fleet.muster("job", "resume", job)
+    fleet.wait_generation(job, members=3, after=second)
 
     check_same_losses(stopped_log(fleet, job, job_config, dataset), reference)
 

@@ -451,12 +451,12 @@ class ShardReports:
             process.timer(world.jittered(upload.delay_ms), self._store, upload)
             upload.delay_ms = min(2 * upload.delay_ms, 30_000)
             return
-        coordinator.blobs[report.digest] = None
+        coordinator.blobs[report.digest] = world.now_ms
         coordinator.damaged.pop(report.digest, None)
         starts = coordinator.starts
 
         def arrived() -> None:
-            if coordinator.up and coordinator.starts == starts:
+            if coordinator.up and coordinator.starts == starts and report.digest in coordinator.blobs:
                 coordinator.submit(report, released=answered)
 
         def answered(_: State, reply: Reply) -> None:
@@ -620,6 +620,9 @@ class JobRun:
         match message:
             case control.Step():
                 self._stepped(slot, message)
+            case control.Evaluation():
+                self.ledger.evaluated(agent_pb2.Evaluation(step=message.step, loss=message.loss))
+                self._send_progress()
             case control.Warm():
                 self._check_warm()
             case control.Formed():
@@ -775,8 +778,10 @@ class JobRun:
             self._began = lineage
             self._backlog = 0
             self.ledger.rewind(plan.committed_step)
+            self.ledger.forget_evaluations(0)
         elif self.process.agent_id not in plan.holders:
             self.ledger.rewind(max(plan.committed_step, self._backlog))
+            self.ledger.forget_evaluations(self._backlog)
 
     def _take_store(self, plan: Generation) -> None:
         if plan.store_port in self._unused:

@@ -19,13 +19,18 @@ from coordinator.core.model import (
     Agent,
     AgentId,
     AgentUnassigned,
+    CheckpointDamaged,
+    CheckpointPinned,
+    CheckpointRetired,
     CoordinatorStarted,
     Cut,
+    EvaluationRecorded,
     Event,
     FormedReceived,
     GenerationPlanned,
     Job,
     JobId,
+    JobRolledBack,
     ManifestCommitted,
     MemberFormed,
     MemberLost,
@@ -43,7 +48,7 @@ from coordinator.core.settle import next_deadline, settle
 from coordinator.core.step import Outcome
 from coordinator.journal import StepRow
 from tests.core.invariants import check_state
-from tests.sim.training import shard_digest
+from tests.sim.training import loss_of, shard_digest
 from tests.sim.violation import require
 
 if TYPE_CHECKING:
@@ -75,6 +80,9 @@ class Checks:
         self._manifest_ms: dict[JobId, int] = {}
         self._stores: dict[tuple[str, int], None] = {}
         self._acknowledged: dict[JobId, int] = {}
+        self._restorable: dict[JobId, dict[int, None]] = {}  # steps of checkpoints
+        self.deleted: dict[JobId, None] = {}  # jobs of which an operator deleted a checkpoint
+        self._pinned: dict[tuple[JobId, int], None] = {}
 
     # ------------------------------------------------------------------------- after every event
 
@@ -185,6 +193,20 @@ class Checks:
                     require(record.generation == self._generation[job_id], "a stale generation was formed")
                 case ManifestCommitted():
                     self._check_manifest(coordinator, record)
+                    step = record.checkpoint.step
+                    self._restorable.setdefault(record.job_id, {})[step] = None
+                case EvaluationRecorded():
+                    self._check_evaluation(coordinator, record)
+                case CheckpointDamaged():
+                    self._restorable[record.job_id].pop(record.step, None)
+                case JobRolledBack():
+                    self._check_rollback(record)
+                case CheckpointPinned():
+                    self._pinned.pop((record.job_id, record.step), None)
+                    if record.pinned:
+                        self._pinned[record.job_id, record.step] = None
+                case CheckpointRetired():
+                    self._check_retired(record)
                 case MemberLost(evidence=evidence):
                     self.lost_for[evidence.value] += 1
                 case _:
@@ -229,10 +251,46 @@ class Checks:
         if generation.cut is Cut.AFTER_STEP:
             require(members[0] in held, "who leads after a planned cut does not hold the state")
         if generation.from_checkpoint_step is not None:
+            newest = max(self._restorable.get(job_id, ()), default=0)
+            require(
+                generation.from_checkpoint_step == newest,
+                f"a plan names checkpoint {generation.from_checkpoint_step}, not {newest}",
+            )
             job = coordinator.state.jobs[job_id]
             found = [c for c in job.checkpoints if c.step == generation.from_checkpoint_step]
             if job.generation is generation:
                 require(found and not found[0].damaged, "a plan names a checkpoint that is not restorable")
+
+    def _check_evaluation(self, coordinator: Coordinator, record: EvaluationRecorded) -> None:
+        truth, found = self.fleet.truth, record.evaluation
+        if record.job_id in truth.tainted or record.job_id in truth.corrupted:
+            return
+        vote = truth.of_row(coordinator.step_log[record.job_id][found.step].loss)
+        require(
+            found.loss == loss_of(vote.after),
+            f"the loss of step {found.step} is of another state than the recorded one",
+        )
+
+    def _check_rollback(self, record: JobRolledBack) -> None:
+        steps = self._restorable[record.job_id]
+        require(record.to_step in steps, f"taken back to {record.to_step}, which cannot be restored")
+        given_up = [step for step in steps if step > record.to_step]
+        pinned = [step for step in given_up if (record.job_id, step) in self._pinned]
+        require(not pinned, f"pinned checkpoints {pinned} were given up")
+        for step in given_up:
+            del steps[step]
+
+    def _check_retired(self, record: CheckpointRetired) -> None:
+        steps = self._restorable.get(record.job_id, {})
+        pinned = (record.job_id, record.step) in self._pinned
+        require(not pinned, f"checkpoint {record.step} is pinned, and gone")
+        require(
+            record.step not in steps or len(steps) > 1,
+            f"checkpoint {record.step} was the only one that could be restored, and is gone",
+        )
+        steps.pop(record.step, None)
+        if record.by:
+            self.deleted[record.job_id] = None
 
     def _check_manifest(self, coordinator: Coordinator, record: ManifestCommitted) -> None:
         job_id, checkpoint = record.job_id, record.checkpoint
@@ -281,13 +339,14 @@ class Checks:
             f"{before.step} of generation {before.generation}",
         )
 
-    def rolled_back(self, coordinator: Coordinator, record: StepsRolledBack) -> None:
+    def rolled_back(self, coordinator: Coordinator, record: StepsRolledBack, *, wanted: bool) -> None:
         job_id = record.job_id
         before = self._step.get(job_id, 0)
         require(record.to_step < before, f"rolled back from {before} to {record.to_step}")
         self._step[job_id] = record.to_step
         self._acknowledged[job_id] = min(self._acknowledged.get(job_id, 0), record.to_step)
-        self.fleet.nobody_holds(job_id, before)
+        if not wanted:
+            self.fleet.nobody_holds(job_id, before)
 
     # ------------------------------------------------------------------------- of the shell
 

@@ -23,6 +23,7 @@ from coordinator.core.model import (
     GoodbyeReceived,
     HeartbeatReceived,
     JobId,
+    JobRolledBack,
     ProgressAccepted,
     Push,
     PushGoAway,
@@ -40,6 +41,7 @@ from coordinator.core.model import (
 from coordinator.core.settle import next_deadline
 from coordinator.core.step import Outcome, step
 from coordinator.journal import StepRow
+from coordinator.sweep import referenced
 from coordinator.translate import progress
 from protos import agent_pb2
 from tests.sim.checks import Checks
@@ -49,6 +51,8 @@ if TYPE_CHECKING:
     from tests.sim.session import Session
 
 SNAPSHOT_RECORDS = 200
+SWEEP_EVERY_MS = 5_000
+GRACE_MS = 10_000
 Released = Callable[[State, Reply], None]
 
 
@@ -107,7 +111,7 @@ class Coordinator:
         self.checks = checks
         self.journal: list[str] = []
         self.step_log: dict[JobId, dict[int, StepRow]] = {}
-        self.blobs: dict[str, None] = {}
+        self.blobs: dict[str, int] = {}  # when they were stored last
         self.damaged: dict[str, None] = {}
         self.state = State(timing=timing)
         self.up = False
@@ -128,6 +132,7 @@ class Coordinator:
         self._busy = False
         self._wake: Timer | None = None
         self._wake_ms = 0
+        self._sweep_ms = 0
         self._clock = Clock(not_before_ms=0, largest_gap_ms=1, wall=self._seconds, monotonic=self._seconds)
         self._longest_wait_ms = min(1_000, timing.heartbeat_ms)
 
@@ -234,7 +239,18 @@ class Coordinator:
                 if not self.up or self._epoch != epoch:
                     return
         self._busy = False
+        self._sweep()
         self._sleep()
+
+    def _sweep(self) -> None:
+        """Everything is recorded: blobs that nothing refers to go, once they are old."""
+        now_ms = self.world.now_ms
+        if now_ms < self._sweep_ms or not self.up:
+            return
+        self._sweep_ms = now_ms + SWEEP_EVERY_MS
+        keep = referenced(self.state)
+        for digest in [d for d, at_ms in self.blobs.items() if d not in keep and now_ms - at_ms > GRACE_MS]:
+            del self.blobs[digest]
 
     def _write(self, batch: list[Ticket], epoch: int) -> None:
         if epoch != self._epoch:
@@ -290,7 +306,8 @@ class Coordinator:
                 log = self.step_log.get(record.job_id, {})
                 for number in [n for n in log if n > record.to_step]:
                     del log[number]
-                self.checks.rolled_back(self, record)
+                wanted = any(isinstance(r, JobRolledBack) for r in outcome.records)
+                self.checks.rolled_back(self, record, wanted=wanted)
 
     def _release(self, batch: list[Ticket]) -> None:
         epoch = self._epoch

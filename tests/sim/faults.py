@@ -45,6 +45,9 @@ class Kind(enum.Enum):
     SCALE = "scale"
     TAKE_CHECKPOINT = "take checkpoint"
     DAMAGE_CHECKPOINT = "damage checkpoint"
+    ROLL_BACK = "roll back"
+    PIN = "pin or unpin a checkpoint"
+    DELETE_CHECKPOINT = "delete a checkpoint"
     KILL_ALL = "kill all members"
     CRASH_BEFORE = "crash before commit"  # the coordinator, at its next commit
     CRASH_AFTER = "crash after commit"

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 from agent import control
+from coordinator.core.checkpoints import restorable
 from coordinator.core.codec import describe
 from coordinator.core.forming import why
 from coordinator.core.model import (
@@ -17,6 +18,8 @@ from coordinator.core.model import (
     AgentAction,
     AgentCommanded,
     AgentId,
+    CheckpointAction,
+    CheckpointCommanded,
     EnrollAsked,
     Event,
     FailureKind,
@@ -33,6 +36,7 @@ from coordinator.core.model import (
     Refused,
     Reply,
     Requirements,
+    RollbackAsked,
     Standing,
     State,
     Timing,
@@ -114,6 +118,8 @@ def make_settings(seed: int, agents: int | None = None, minutes: float | None = 
                     min_generation_ms=60_000 if crowd else chance.choice((0, 1_000, 5_000)),
                     step_timeout_ms=30_000 if crowd else chance.choice((3_000, 10_000)),
                     keep_checkpoints=chance.choice((1, 2, 3)),
+                    keep_every=chance.choice((0, 0, 20, 100)),
+                    keep_best=chance.choice((0, 1)),
                 ),
                 step_ms=5_000 if crowd else chance.choice((50, 100, 300)),
                 slices=chance.choice((1, 4, 8, 12)) if not crowd else 2 * max_nodes,
@@ -347,6 +353,9 @@ class Fleet:
                 | Kind.TAKE_CHECKPOINT
                 | Kind.KILL_ALL
                 | Kind.DAMAGE_CHECKPOINT
+                | Kind.ROLL_BACK
+                | Kind.PIN
+                | Kind.DELETE_CHECKPOINT
             ):
                 return self._to_job(fault)
             case _:
@@ -502,8 +511,25 @@ class Fleet:
                 self.command(JobCommanded(job_id=job_id, action=JobAction.CHECKPOINT))
             case Kind.DAMAGE_CHECKPOINT:
                 return self._damage(job_id)
+            case Kind.ROLL_BACK | Kind.PIN | Kind.DELETE_CHECKPOINT:
+                return self._to_checkpoint(fault, job_id)
             case _:
                 return self._kill_all(job_id, fault)
+        return True
+
+    def _to_checkpoint(self, fault: Fault, job_id: JobId) -> bool:
+        """What an operator does to one checkpoint, whichever it is."""
+        job = self.coordinator.state.jobs.get(job_id)
+        if job is None or not job.checkpoints:
+            return False
+        found = job.checkpoints[fault.number % len(job.checkpoints)]
+        if fault.kind is Kind.ROLL_BACK:
+            self.command(RollbackAsked(job_id=job_id, step=found.step, by="olga"))
+            return True
+        action = CheckpointAction.UNPIN if found.pinned_by else CheckpointAction.PIN
+        if fault.kind is Kind.DELETE_CHECKPOINT:
+            action = CheckpointAction.DELETE
+        self.command(CheckpointCommanded(job_id=job_id, step=found.step, action=action, by="olga"))
         return True
 
     def _damage(self, job_id: JobId) -> bool:
@@ -718,9 +744,9 @@ class Fleet:
         for job_id in self.trainings:
             job = state.jobs[job_id]
             if job.phase is JobPhase.COMPLETED:
-                newest = max((c.step for c in job.checkpoints if not c.damaged), default=0)
+                newest = max((c.step for c in job.checkpoints if restorable(c)), default=0)
                 require(
-                    newest == job.committed_step,
+                    newest == job.committed_step or job_id in self.checks.deleted,
                     f"{job_id} is complete at step {job.committed_step} with a checkpoint of step {newest}",
                 )
 

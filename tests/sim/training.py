@@ -347,6 +347,11 @@ def shard_digest(job_id: str, digest: str, index: int, count: int) -> str:
     return hashlib.sha256(json.dumps([job_id, digest, index, count]).encode()).hexdigest()
 
 
+def loss_of(digest: str) -> float:
+    """The loss of a state on the held-out slices."""
+    return float(int(hashlib.sha256(digest.encode()).hexdigest()[:6], 16))
+
+
 class Group:
     """One generation's process group: connecting, agreeing on a state, then computing and voting, step by
     step, until somebody leaves it."""
@@ -575,6 +580,8 @@ class Group:
         last = self.step == self.training.steps
         if not (asked or last or self.step % self.training.checkpoint_every == 0):
             return
+        if not asked and (reporter := self.workers.get(0)) is not None:
+            reporter.tell(control.Evaluation(step=self.step, loss=loss_of(reporter.digest)))
         for rank, worker in self.workers.items():
             if last or worker.writing_until_ms <= self.world.now_ms:
                 worker.take_checkpoint(self.generation, rank, self.world_size)
