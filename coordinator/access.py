@@ -71,6 +71,8 @@ MAIN_RULES: dict[str, frozenset[Role]] = {
 }
 ENROLL_RULES: frozenset[str] = frozenset({"/muster.v1.AgentService/Enroll"})
 """The only method for callers without a certificate, on the enrolment port only."""
+NOT_SERVED: frozenset[str] = frozenset({"/grpc.health.v1.Health/List"})
+"""RPCs that a service has and the coordinator does not answer: refused, whoever calls."""
 
 caller: contextvars.ContextVar[Principal] = contextvars.ContextVar("caller")
 """Who makes the current call; set for every call on the main port."""

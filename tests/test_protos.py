@@ -9,8 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from coordinator.access import ENROLL_RULES, MAIN_RULES, NOT_SERVED
 from coordinator.core.model import Refusal
 from protos import agent_pb2
+from tests.coordinator.test_rpc_table import methods
 
 ROOT = Path(__file__).parent.parent
 PROTOS = ("protos/agent.proto", "protos/admin.proto")
@@ -54,3 +56,9 @@ def test_every_field_and_refusal_has_a_sentence(name: str) -> None:
 def test_core_refusals_have_the_numbers_of_the_wire() -> None:
     wire = {key.removeprefix("REFUSAL_"): value for key, value in agent_pb2.Refusal.items() if value}
     assert {member.name: int(member) for member in Refusal} == wire
+
+
+def test_every_rpc_has_a_rule_that_says_who_may_call_it() -> None:
+    ruled = set(MAIN_RULES) | ENROLL_RULES
+    assert ruled - set(methods()) == set(), "rules for RPCs that no service has"
+    assert set(methods()) - ruled == NOT_SERVED, "say in coordinator/access.py who may call it"
