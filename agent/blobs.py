@@ -585,7 +585,7 @@ def dataset_pieces(manifest_json: str) -> tuple[Piece, ...]:
             for shards in manifest["splits"].values()
             for shard in shards
         }
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise BlobError(f"dataset manifest: malformed ({error!r}); prepare the dataset again") from error
     return tuple(Piece(digest=digest, bytes=size) for digest, size in named.items())
 
@@ -612,5 +612,5 @@ class Checkpoint:
                     Piece(digest=shard["digest"], bytes=int(shard["bytes"])) for shard in manifest["shards"]
                 ),
             )
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
             raise BlobError(f"checkpoint manifest: malformed ({error!r})") from error

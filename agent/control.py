@@ -182,9 +182,9 @@ def decode(line: bytes) -> Up:
     """Raise ControlError unless `line` is a message of the worker; keys this version lacks are ignored."""
     try:
         raw = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ControlError(f"control line is not JSON: {line[:80]!r}") from error
-    kind = _UP.get(raw.get("type", "")) if isinstance(raw, dict) else None
+    kind = _UP.get(str(raw.get("type"))) if isinstance(raw, dict) else None
     if kind is None:
         raise ControlError(f"control line has no known type: {line[:80]!r}; known are {', '.join(_UP)}")
     values: dict[str, Any] = {}
@@ -193,7 +193,12 @@ def decode(line: bytes) -> Up:
         wanted = _HINTS[kind.type][part.name]
         match wanted:
             case _ if wanted is float and isinstance(value, int | float) and not isinstance(value, bool):
-                value = float(value)
+                try:
+                    value = float(value)
+                except OverflowError:
+                    raise ControlError(
+                        f"control message {kind.type!r}: field {part.name!r} is too large"
+                    ) from None
             case _ if wanted is int and isinstance(value, int) and not isinstance(value, bool):
                 pass
             case _ if wanted in (bool, str) and isinstance(value, wanted):

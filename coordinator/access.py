@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 import grpc
 import grpc.aio
 import structlog
+from google.protobuf.message import DecodeError
 
 from coordinator.blobs import BlobRefusedError, BlobsUnavailableError
 from coordinator.core.model import AgentId, Refusal, Standing, State
@@ -230,12 +231,15 @@ def _guarded(
             await context.abort(grpc.StatusCode.INTERNAL, "the coordinator failed; its log says why")
         raise AssertionError("abort returned")
 
+    def decoded(request: Any) -> Any:
+        return _Messages(request) if handler.request_streaming else _message(request)
+
     if inspect.isasyncgenfunction(inner):
 
         async def stream(request: Any, context: grpc.aio.ServicerContext) -> AsyncIterator[Any]:
             try:
                 guard(context)
-                async for reply in inner(request, context):
+                async for reply in inner(decoded(request), context):
                     yield reply
             except grpc.aio.AbortError:
                 raise
@@ -248,7 +252,7 @@ def _guarded(
         async def call(request: Any, context: grpc.aio.ServicerContext) -> Any:
             try:
                 guard(context)
-                return await inner(request, context)
+                return await inner(decoded(request), context)
             except grpc.aio.AbortError:
                 raise
             except Exception as error:
@@ -257,9 +261,42 @@ def _guarded(
         guarded = call
     return wrap(
         guarded,
-        request_deserializer=handler.request_deserializer,
+        request_deserializer=_lenient(handler.request_deserializer),
         response_serializer=handler.response_serializer,
     )
+
+
+_UNREADABLE = object()
+"""In place of a message that is none: gRPC itself would log a traceback for it, before anyone asked who calls."""
+
+
+def _lenient(deserialize: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
+    def read(data: bytes) -> Any:
+        try:
+            return deserialize(data)
+        except DecodeError:
+            return _UNREADABLE
+
+    return read
+
+
+def _message(request: Any) -> Any:
+    if request is _UNREADABLE:
+        raise MalformedError("message: its bytes are not a message of this call")
+    return request
+
+
+class _Messages:
+    """The caller's messages, the first that is none raising MalformedError."""
+
+    def __init__(self, requests: AsyncIterator[Any]) -> None:
+        self._requests = requests
+
+    def __aiter__(self) -> _Messages:
+        return self
+
+    async def __anext__(self) -> Any:
+        return _message(await anext(self._requests))
 
 
 def _refusal(error: Exception) -> Refusal | None:

@@ -295,7 +295,7 @@ def parse_manifest(text: str | bytes, source: str = "checkpoint manifest") -> Ma
     """Raise DamagedManifest, naming `source`, unless `text` is a manifest that can be restored from."""
     try:
         return _manifest_from(json.loads(text))
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise DamagedManifest(
             f"{source}: not a {FORMAT} manifest ({type(error).__name__}: {error})"
         ) from error
@@ -323,9 +323,17 @@ def _manifest_from(value: Any) -> Manifest:
             raise ValueError(f"tensor {spec.name} is {spec.dtype}{list(spec.shape)}")
     if not isinstance(manifest.header["shard_bytes"], int) or manifest.header["shard_bytes"] < 1:
         raise ValueError(f"shard_bytes is {manifest.header['shard_bytes']!r}, expected a positive integer")
+    if _least_pieces(manifest) > len(manifest.shards) + len(manifest.header["tensors"]):
+        raise ValueError(f"{len(manifest.shards)} shards are too few for tensors of these shapes")
     if len(manifest.layout()) != len(manifest.shards):
         raise ValueError(f"{len(manifest.shards)} shards, expected {len(manifest.layout())}")
     return manifest
+
+
+def _least_pieces(manifest: Manifest) -> int:
+    """How many pieces `layout` would make: known before it makes them, for a shape may claim anything."""
+    most = manifest.header["shard_bytes"]
+    return sum(-(-spec.numel // max(1, most // spec.itemsize)) for spec in manifest.specs())
 
 
 # --------------------------------------------------------------------------------------- directory

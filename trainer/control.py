@@ -192,7 +192,7 @@ def decode(line: bytes) -> Message:
         body = json.loads(line)
         name = body.pop("type")
         cls, kinds = _TYPES[name], _FIELDS[name]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise BadMessage(
             f"control line {line[:120]!r}: expected a JSON object whose type is one of {', '.join(sorted(_TYPES))}"
         ) from error

@@ -104,7 +104,7 @@ def parse_dataset_manifest(text: str | bytes, source: str = "dataset manifest") 
     """Raise DatasetError, naming `source`, unless `text` is a manifest of this format."""
     try:
         return _manifest_from(json.loads(text))
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise DatasetError(
             f"{source}: not a {FORMAT} manifest ({type(error).__name__}: {error}); prepare the dataset again"
         ) from error

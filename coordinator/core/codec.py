@@ -155,7 +155,7 @@ def _dump(body: Json) -> str:
 def _load(text: str, where: str) -> dict[str, Json]:
     try:
         body = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CodecError(f"{where}: not JSON: {error}") from error
     if not isinstance(body, dict):
         raise CodecError(f"{where}: found {type(body).__name__}; expected a JSON object")
@@ -258,7 +258,7 @@ def _tuple_reader(arguments: tuple[Any, ...]) -> Callable[[Json, str], Any]:
 
 def _plain_reader(kind: type) -> Callable[[Json, str], Any]:
     def read(value: Json, where: str) -> Any:
-        if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        if kind is float and isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**1000:
             return float(value)
         if type(value) is not kind or (isinstance(value, float) and not math.isfinite(value)):
             raise CodecError(f"{where}: found {_found(value)}; expected {kind.__name__}")
