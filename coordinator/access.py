@@ -5,12 +5,16 @@ A method that is not in the table is refused, whoever calls it.
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import contextvars
 import inspect
+import ipaddress
 import re
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from typing import Any, NoReturn
+from urllib.parse import unquote
 
 import grpc
 import grpc.aio
@@ -18,7 +22,16 @@ import structlog
 from google.protobuf.message import DecodeError
 
 from coordinator.blobs import BlobRefusedError, BlobsUnavailableError
-from coordinator.core.model import AgentId, Refusal, Standing, State
+from coordinator.core.model import (
+    AgentId,
+    Event,
+    Record,
+    Refusal,
+    Reply,
+    Standing,
+    StandingChanged,
+    State,
+)
 from coordinator.identity import BadRequestError, Principal, RevokedOperators, Role, principal_of
 from coordinator.loop import LoopStoppedError
 from coordinator.names import UnknownNameError
@@ -72,14 +85,20 @@ MAIN_RULES: dict[str, frozenset[Role]] = {
 }
 ENROLL_RULES: frozenset[str] = frozenset({"/muster.v1.AgentService/Enroll"})
 """The only method for callers without a certificate, on the enrolment port only."""
-NOT_SERVED: frozenset[str] = frozenset({"/grpc.health.v1.Health/List"})
-"""RPCs that a service has and the coordinator does not answer: refused, whoever calls."""
+NOT_SERVED: frozenset[str] = frozenset(
+    {
+        "/grpc.health.v1.Health/List",
+        "/muster.v1.PeerService/GetBlob",  # agents serve it to each other
+    }
+)
+"""RPCs that the coordinator does not answer: refused, whoever calls."""
 
 caller: contextvars.ContextVar[Principal] = contextvars.ContextVar("caller")
 """Who makes the current call; set for every call on the main port."""
 
 Handler = Callable[[Any, Any], Any]
-Guard = Callable[[grpc.aio.ServicerContext], None]
+Guard = Callable[[grpc.aio.ServicerContext], contextlib.AbstractContextManager[None]]
+"""Lets a caller in for the length of the `with`, or raises CallRefusedError."""
 
 
 class CallRefusedError(Exception):
@@ -110,8 +129,13 @@ def check_agent(state: State, agent_id: AgentId) -> None:
         raise CallRefusedError(Refusal.BANNED, f"agent {agent_id} was banned by the operator{detail}")
 
 
+CUT_OFF_S = 0.4
+"""How often operators' open calls are looked at, and how long a banned agent's session has to take its GoAway."""
+
+
 class MainAccess(grpc.aio.ServerInterceptor):  # type: ignore[misc]
-    """The main port: a certificate of ours, a rule for the method, a known agent, a bounded rate."""
+    """The main port: a certificate of ours, a rule for the method, a known agent, a bounded rate, and not
+    too many calls at once.  Calls that are under way end when their caller is banned or revoked."""
 
     def __init__(
         self,
@@ -119,12 +143,17 @@ class MainAccess(grpc.aio.ServerInterceptor):  # type: ignore[misc]
         state: Callable[[], State],
         revoked: RevokedOperators,
         rates: Buckets,
+        most_calls: int,
         refused: Callable[[str], None],
     ) -> None:
         self._state = state
         self._revoked = revoked
         self._rates = rates
+        self._most_calls = most_calls
         self._refused = refused
+        self._calls: dict[str, dict[asyncio.Task[Any], Principal]] = {}
+        self._cut: dict[asyncio.Task[Any], CallRefusedError] = {}
+        self._watching: asyncio.Task[None] | None = None
 
     async def intercept_service(
         self,
@@ -134,8 +163,12 @@ class MainAccess(grpc.aio.ServerInterceptor):  # type: ignore[misc]
         method = handler_call_details.method
         handler = await continuation(handler_call_details)
 
-        def guard(context: grpc.aio.ServicerContext) -> None:
-            caller.set(self._admit(method, context))
+        @contextlib.contextmanager
+        def guard(context: grpc.aio.ServicerContext) -> Iterator[None]:
+            principal = self._admit(method, context)
+            caller.set(principal)
+            with self._under_way(principal):
+                yield
 
         return None if handler is None else _guarded(handler, guard, self._refused)
 
@@ -156,6 +189,15 @@ class MainAccess(grpc.aio.ServerInterceptor):  # type: ignore[misc]
                 Refusal.WRONG_ROLE,
                 f"{method} is for {allowed}; this identity is {principal.role.value} {principal.id}",
             )
+        self._check(principal)
+        if not self._rates.take(_key(principal)):
+            raise CallRefusedError(
+                Refusal.RATE_LIMITED, f"{principal.id} calls too often; wait a second and retry"
+            )
+        return principal
+
+    def _check(self, principal: Principal) -> None:
+        """Raise CallRefusedError unless this identity is good now."""
         if principal.not_after_unix_s <= time.time():
             raise CallRefusedError(
                 Refusal.WRONG_ROLE, f"the certificate of {principal.id} has expired; enrol again"
@@ -164,14 +206,77 @@ class MainAccess(grpc.aio.ServerInterceptor):  # type: ignore[misc]
             check_agent(self._state(), AgentId(principal.id))
         elif principal in self._revoked:
             raise CallRefusedError(
-                Refusal.BANNED,
-                f"the identity {principal.role.value}/{principal.id} was revoked; ask for a new one",
+                Refusal.BANNED, f"the identity {_key(principal)} was revoked; ask for a new one"
             )
-        if not self._rates.take(f"{principal.role.value}/{principal.id}"):
+
+    # ----------------------------------------------------------------------------- calls under way
+
+    @contextlib.contextmanager
+    def _under_way(self, principal: Principal) -> Iterator[None]:
+        key = _key(principal)
+        calls = self._calls.setdefault(key, {})
+        if len(calls) >= self._most_calls:
             raise CallRefusedError(
-                Refusal.RATE_LIMITED, f"{principal.id} calls too often; wait a second and retry"
+                Refusal.RATE_LIMITED,
+                f"{principal.id} has {self._most_calls} calls under way already; wait for one to end",
             )
-        return principal
+        task = asyncio.current_task()
+        assert task is not None
+        calls[task] = principal
+        try:
+            yield
+        except asyncio.CancelledError:
+            if task not in self._cut:
+                raise
+            task.uncancel()
+            raise self._cut[task] from None
+        finally:
+            self._cut.pop(task, None)
+            calls.pop(task, None)
+            if not calls:
+                self._calls.pop(key, None)
+
+    def _end(self, key: str, why: CallRefusedError) -> None:
+        for task in tuple(self._calls.get(key, ())):
+            self._cut[task] = why
+            task.cancel()
+
+    def start(self) -> None:
+        self._watching = asyncio.create_task(self._watch_operators(), name="watching operators")
+
+    async def stop(self) -> None:
+        if self._watching is not None:
+            self._watching.cancel()
+            await asyncio.gather(self._watching, return_exceptions=True)
+
+    async def _watch_operators(self) -> None:
+        """Operators are few, and revoked in a file that another process writes."""
+        while True:
+            await asyncio.sleep(CUT_OFF_S)
+            for key, calls in tuple(self._calls.items()):
+                for principal in set(calls.values()):
+                    if principal.role is Role.AGENT:
+                        break
+                    try:
+                        self._check(principal)
+                    except CallRefusedError as why:
+                        self._end(key, why)
+
+    # As an observer of the loop: a banned agent is told by a GoAway, and cut off if it does not take it.
+
+    def committed(self, record: Record) -> None:
+        if isinstance(record, StandingChanged) and record.standing is Standing.BANNED:
+            why = CallRefusedError(Refusal.BANNED, f"agent {record.agent_id} was banned by the operator")
+            key = f"{Role.AGENT.value}/{record.agent_id}"
+            asyncio.get_running_loop().call_later(CUT_OFF_S, self._end, key, why)
+
+    def decided(self, event: Event, reply: Reply, waited_s: float) -> None: ...
+
+    def wrote(self, entries: int, seconds: float) -> None: ...
+
+
+def _key(principal: Principal) -> str:
+    return f"{principal.role.value}/{principal.id}"
 
 
 class EnrollAccess(grpc.aio.ServerInterceptor):  # type: ignore[misc]
@@ -189,7 +294,8 @@ class EnrollAccess(grpc.aio.ServerInterceptor):  # type: ignore[misc]
         method = handler_call_details.method
         handler = await continuation(handler_call_details)
 
-        def guard(context: grpc.aio.ServicerContext) -> None:
+        @contextlib.contextmanager
+        def guard(context: grpc.aio.ServicerContext) -> Iterator[None]:
             if method not in ENROLL_RULES:
                 raise CallRefusedError(
                     Refusal.WRONG_ROLE, f"{method} is served on the main port, with a certificate"
@@ -198,12 +304,18 @@ class EnrollAccess(grpc.aio.ServerInterceptor):  # type: ignore[misc]
                 raise CallRefusedError(
                     Refusal.RATE_LIMITED, "too many enrolments from this address; wait and retry"
                 )
+            yield
 
         return None if handler is None else _guarded(handler, guard, self._refused)
 
 
 def _host(peer: str) -> str:
-    return re.sub(r":\d+$", "", peer)
+    """The address of a gRPC peer; of IPv6 the /64, which is what one subscriber has to choose from."""
+    host = re.sub(r":\d+$", "", unquote(peer))
+    found = re.fullmatch(r"ipv6:\[([0-9a-f:]+)(%\w+)?\]", host)
+    if found is None:
+        return host
+    return str(ipaddress.ip_network((found[1], 64), strict=False))
 
 
 def _guarded(
@@ -238,9 +350,9 @@ def _guarded(
 
         async def stream(request: Any, context: grpc.aio.ServicerContext) -> AsyncIterator[Any]:
             try:
-                guard(context)
-                async for reply in inner(decoded(request), context):
-                    yield reply
+                with guard(context):
+                    async for reply in inner(decoded(request), context):
+                        yield reply
             except grpc.aio.AbortError:
                 raise
             except Exception as error:
@@ -251,8 +363,8 @@ def _guarded(
 
         async def call(request: Any, context: grpc.aio.ServicerContext) -> Any:
             try:
-                guard(context)
-                return await inner(decoded(request), context)
+                with guard(context):
+                    return await inner(decoded(request), context)
             except grpc.aio.AbortError:
                 raise
             except Exception as error:

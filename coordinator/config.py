@@ -142,6 +142,8 @@ class Limits(Section):
     calls_per_s: float = Field(default=500.0, gt=0)
     calls_burst: int = Field(default=2_000, ge=1)
     """Calls one identity may start; beyond, they are refused with RATE_LIMITED."""
+    open_calls: int = Field(default=256, ge=8)
+    """Calls one identity may have under way at once, its streams among them."""
     enrolments_per_s: float = Field(default=20.0, gt=0)
     enrolments_burst: int = Field(default=200, ge=1)
     """Enrolments one address may try; beyond, they are refused with RATE_LIMITED."""

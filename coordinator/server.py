@@ -103,6 +103,13 @@ class Coordinator:
         self.caches = Caches(self._authority.sign, self._tell_revoked)
         self.metrics = Metrics(lambda: self._state, lambda: len(self.sessions), lambda: self.logs.dropped)
         self._sweeper = Sweeper(self._store, blobs)
+        self._access = MainAccess(
+            state=lambda: self._state,
+            revoked=RevokedOperators(home),
+            rates=Buckets(config.limits.calls_per_s, config.limits.calls_burst),
+            most_calls=config.limits.open_calls,
+            refused=self._count_refusal,
+        )
         self.loop = self._make_loop(self._state)
         self._blob_service: BlobService | None = None
         self._main: grpc.aio.Server | None = None
@@ -113,7 +120,7 @@ class Coordinator:
     def _make_loop(self, state: State) -> Loop:
         # A stopped process must not cost an agent its lease: no gap counts for more than two heartbeats.
         wait_ms = min(1_000, state.timing.heartbeat_ms)
-        observers: list[Observer] = [self.metrics, self._sweeper, self.caches]
+        observers: list[Observer] = [self.metrics, self._sweeper, self.caches, self._access]
         return Loop(
             state=state,
             latest_step={
@@ -143,6 +150,7 @@ class Coordinator:
         self.logs.start()
         await self.loop.submit(CoordinatorStarted(spread_ms=self._state.timing.lease_ms))
         self._sweeper.start(self.loop, self.journal)
+        self._access.start()
         key, chain = self._authority.server_credentials(self.home)
         self._main, main_port = self._main_server(key, chain)
         self._enroll, enroll_port = self._enroll_server(key, chain)
@@ -166,13 +174,7 @@ class Coordinator:
     def _main_server(self, key: bytes, chain: bytes) -> tuple[grpc.aio.Server, int]:
         config = self.config
         limits = config.limits
-        access = MainAccess(
-            state=lambda: self._state,
-            revoked=RevokedOperators(self.home),
-            rates=Buckets(limits.calls_per_s, limits.calls_burst),
-            refused=self._count_refusal,
-        )
-        server = grpc.aio.server(interceptors=[access], options=_OPTIONS)
+        server = grpc.aio.server(interceptors=[self._access], options=_OPTIONS)
         self._blob_service = blob_service = BlobService(
             self._store,
             transfers_per_peer=config.blobs.transfers_per_peer,
@@ -243,6 +245,7 @@ class Coordinator:
         for server in (self._enroll, self._main):
             if server is not None:
                 await server.stop(STOP_GRACE_S)
+        await self._access.stop()
         await self._sweeper.stop()
         if self._blob_service is not None:
             await self._blob_service.stop()
