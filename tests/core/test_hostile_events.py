@@ -63,6 +63,9 @@ def event_of(message: agent_pb2.AgentMessage, name: AgentId, session: SessionId)
         case "logs":
             translate.log_lines(message.logs, name, 0)
             return None
+        case "cached":
+            translate.cached(message.cached)
+            return None
         case _:
             return translate.report(message, name)
 

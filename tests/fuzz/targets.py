@@ -87,6 +87,8 @@ def read_session_message(data_: bytes) -> None:
                 translate.progress(message.progress, agent_id, 0)
             case "logs":
                 translate.log_lines(message.logs, agent_id, 0)
+            case "cached":
+                translate.cached(message.cached)
             case _:
                 translate.report(message, agent_id)
 
