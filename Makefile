@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: help demo test lint format protos bench fuzz sim clean
+.PHONY: help demo test lint format protos bench floods fuzz sim clean
 
 help:
 	@echo "make demo    train on three agents of this machine, kill one, let one rejoin"
@@ -12,6 +12,7 @@ help:
 	@echo "make lint    ruff and mypy --strict"
 	@echo "make protos  regenerate the gRPC code"
 	@echo "make sim     simulated fleets that fail in every way: SEEDS=10000 FIRST=1"
+	@echo "make floods  a real musterd under floods on loopback: CONNECTIONS=10000"
 	@echo "make fuzz    every reader of foreign bytes under atheris: SECONDS_EACH=60"
 	@echo "make bench   every benchmark that needs no GPU (takes an hour)"
 
@@ -50,6 +51,10 @@ bench: $(VENV)/installed-dev
 	$(BIN)/python -m bench.overhead
 	$(BIN)/python -m bench.churn
 	$(BIN)/python -m bench.checkpoint
+
+CONNECTIONS ?= 10000
+floods: $(VENV)/installed-dev
+	$(BIN)/python -m tests.coordinator.floods --connections $(CONNECTIONS)
 
 SECONDS_EACH ?= 60
 fuzz: $(VENV)/installed-dev

@@ -279,6 +279,10 @@ def _key(principal: Principal) -> str:
     return f"{principal.role.value}/{principal.id}"
 
 
+GUESS_COSTS = 10
+"""An enrolment with a wrong token counts as so many."""
+
+
 class EnrollAccess(grpc.aio.ServerInterceptor):  # type: ignore[misc]
     """The enrolment port: Enroll and nothing else, at a bounded rate for each address."""
 
@@ -300,7 +304,7 @@ class EnrollAccess(grpc.aio.ServerInterceptor):  # type: ignore[misc]
                 raise CallRefusedError(
                     Refusal.WRONG_ROLE, f"{method} is served on the main port, with a certificate"
                 )
-            if not self._rates.take(_host(context.peer())):
+            if not self._rates.take(host_of(context.peer())):
                 raise CallRefusedError(
                     Refusal.RATE_LIMITED, "too many enrolments from this address; wait and retry"
                 )
@@ -309,7 +313,7 @@ class EnrollAccess(grpc.aio.ServerInterceptor):  # type: ignore[misc]
         return None if handler is None else _guarded(handler, guard, self._refused)
 
 
-def _host(peer: str) -> str:
+def host_of(peer: str) -> str:
     """The address of a gRPC peer; of IPv6 the /64, which is what one subscriber has to choose from."""
     host = re.sub(r":\d+$", "", unquote(peer))
     found = re.fullmatch(r"ipv6:\[([0-9a-f:]+)(%\w+)?\]", host)

@@ -8,6 +8,7 @@ import hashlib
 import secrets
 import time
 from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
 
 import grpc
 import grpc.aio
@@ -19,6 +20,7 @@ from coordinator.blob_service import BlobService
 from coordinator.blobs import BlobStore
 from coordinator.caches import Caches
 from coordinator.config import Limits
+from coordinator.core.decide import decide
 from coordinator.core.model import (
     AgentId,
     EnrollAsked,
@@ -65,12 +67,20 @@ class EnrollService(agent_pb2_grpc.AgentServiceServicer):
     """The enrolment port's one call."""
 
     def __init__(
-        self, *, loop: Loop, authority: Authority, agent_ttl: dt.timedelta, main_port: Callable[[], int]
+        self,
+        *,
+        loop: Loop,
+        authority: Authority,
+        agent_ttl: dt.timedelta,
+        main_port: Callable[[], int],
+        guessed: Callable[[str], None],
     ) -> None:
+        """`guessed` is told of a peer whose token was refused."""
         self._loop = loop
         self._authority = authority
         self._agent_ttl = agent_ttl
         self._main_port = main_port
+        self._guessed = guessed
 
     async def Enroll(  # noqa: N802
         self, request: agent_pb2.EnrollRequest, context: grpc.aio.ServicerContext
@@ -81,23 +91,21 @@ class EnrollService(agent_pb2_grpc.AgentServiceServicer):
         except translate.MalformedError as error:
             raise CallRefusedError(Refusal.TOKEN_MALFORMED, str(error)) from None
         name = translate.name(request.name, "name")
-        key = await asyncio.to_thread(requested_key, request.csr_pem)
         agent_id = AgentId(names.new_id("a", self._loop.state.agents))
+        asked = EnrollAsked(
+            token_id=token_id,
+            secret_sha256=hashlib.sha256(secret.encode()).hexdigest(),
+            agent_id=agent_id,
+            name=name,
+            certificate_serial="",
+        )
+        # Who has no token gets no certificate made: guessing must cost us less than the guesser.
+        self._check(await self._loop.query(lambda state, now: decide(state, now, asked).reply), context)
+        key = await asyncio.to_thread(requested_key, request.csr_pem)
         issued = await asyncio.to_thread(
             self._authority.issue_client, key, Role.AGENT, agent_id, self._agent_ttl
         )
-        reply = await self._loop.submit(
-            EnrollAsked(
-                token_id=token_id,
-                secret_sha256=hashlib.sha256(secret.encode()).hexdigest(),
-                agent_id=agent_id,
-                name=name,
-                certificate_serial=issued.serial,
-            )
-        )
-        if isinstance(reply, Refused):
-            log.warning("enrolment refused", token=token_id, peer=context.peer(), why=reply.refusal.name)
-            raise CallRefusedError(reply.refusal, reply.message)
+        self._check(await self._loop.submit(replace(asked, certificate_serial=issued.serial)), context)
         log.info("agent enrolled", agent=agent_id, name=name, token=token_id, peer=context.peer())
         return agent_pb2.EnrollReply(
             agent_id=agent_id,
@@ -106,6 +114,12 @@ class EnrollService(agent_pb2_grpc.AgentServiceServicer):
             not_after_unix_s=issued.not_after_unix_s,
             port=self._main_port(),
         )
+
+    def _check(self, reply: Reply, context: grpc.aio.ServicerContext) -> None:
+        if isinstance(reply, Refused):
+            log.warning("enrolment refused", peer=context.peer(), why=reply.refusal.name)
+            self._guessed(context.peer())
+            raise CallRefusedError(reply.refusal, reply.message)
 
 
 class AgentService(agent_pb2_grpc.AgentServiceServicer):

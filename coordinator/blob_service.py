@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator
 from typing import TypeVar
@@ -29,11 +30,18 @@ class BlobService:
     """The calls.  Disk and hash work is done in threads; transfers are bounded for each peer."""
 
     def __init__(
-        self, store: BlobStore, *, transfers_per_peer: int, chunk_timeout_s: float, metrics: Metrics
+        self,
+        store: BlobStore,
+        *,
+        transfers_per_peer: int,
+        chunk_timeout_s: float,
+        slowest_bytes_per_s: int,
+        metrics: Metrics,
     ) -> None:
         self._store = store
         self._transfers_per_peer = transfers_per_peer
         self._chunk_timeout_s = chunk_timeout_s
+        self._slowest_bytes_per_s = slowest_bytes_per_s
         self._metrics = metrics
         self._under_way: Counter[tuple[str, str]] = Counter()
         self._checks: dict[tuple[str, str, int], asyncio.Task[None]] = {}
@@ -75,7 +83,7 @@ class BlobService:
 
     async def put(self, requests: AsyncIterator[agent_pb2.PutBlobRequest]) -> agent_pb2.PutBlobReply:
         with self._slot("upload"):
-            first = await self._next(requests)
+            first = await self._next(requests, self._chunk_timeout_s)
             if first is None:
                 raise translate.MalformedError("header: missing; the upload had no message")
             digest, size, offset = translate.blob_header(first)
@@ -85,8 +93,9 @@ class BlobService:
             )
             if upload is None:
                 return agent_pb2.PutBlobReply(existed=True)
+            end = time.monotonic() + self._chunk_timeout_s + size / self._slowest_bytes_per_s
             try:
-                while (request := await self._next(requests)) is not None:
+                while (request := await self._next(requests, end - time.monotonic())) is not None:
                     data = translate.blob_data(request)
                     await asyncio.to_thread(upload.write, data)
                     self._metrics.blob_bytes.labels("up").inc(len(data))
@@ -148,18 +157,22 @@ class BlobService:
         await asyncio.gather(*self._checks.values(), return_exceptions=True)
 
     async def _next(
-        self, requests: AsyncIterator[agent_pb2.PutBlobRequest]
+        self, requests: AsyncIterator[agent_pb2.PutBlobRequest], left_s: float
     ) -> agent_pb2.PutBlobRequest | None:
+        """The next message, None at the end.  `left_s` is what is left for the upload as a whole."""
         try:
-            async with asyncio.timeout(self._chunk_timeout_s):
+            async with asyncio.timeout(min(self._chunk_timeout_s, left_s)):
                 return await anext(requests)
         except StopAsyncIteration:
             return None
         except TimeoutError:
+            why = (
+                f"nothing came for {self._chunk_timeout_s:g} s"
+                if left_s > self._chunk_timeout_s
+                else f"slower than {self._slowest_bytes_per_s} bytes a second"
+            )
             # No refusal: a line may be so slow, and the shard is still wanted.
-            raise BlobsUnavailableError(
-                f"data: nothing came for {self._chunk_timeout_s:g} s; go on where it broke off"
-            ) from None
+            raise BlobsUnavailableError(f"data: {why}; go on where it broke off") from None
 
 
 async def _opened(opened: Callable[[], T], drop: Callable[[T], object]) -> T:

@@ -114,6 +114,8 @@ class Blobs(Section):
     """Uploads, and apart from them downloads, that one peer may have under way at once."""
     chunk_timeout: DurationMs = Field(default=60_000, ge=1)
     """An upload that sends nothing for so long is dropped."""
+    slowest_upload: SizeBytes = Field(default=4_096, ge=1)
+    """Bytes a second: an upload that is slower as a whole is dropped after `chunk_timeout` more."""
 
     def bucket(self) -> tuple[str, str] | None:
         """(bucket, prefix) of an object store; None for the directory."""
@@ -146,7 +148,13 @@ class Limits(Section):
     """Calls one identity may have under way at once, its streams among them."""
     enrolments_per_s: float = Field(default=20.0, gt=0)
     enrolments_burst: int = Field(default=200, ge=1)
-    """Enrolments one address may try; beyond, they are refused with RATE_LIMITED."""
+    """Enrolments one address may try; beyond, they are refused with RATE_LIMITED.  A wrong token counts as ten."""
+    handshake_timeout: DurationMs = Field(default=10_000, ge=100, le=120_000)
+    """A connection whose TLS handshake takes longer is closed."""
+    connections: int = Field(default=16_384, ge=16)
+    """Connections that each port accepts at once."""
+    connections_per_address: int = Field(default=2_048, ge=16)
+    """Connections one address (of IPv6: one /64) may have; the youngest beyond are closed."""
 
 
 class CoordinatorConfig(Section):

@@ -7,6 +7,7 @@ import contextlib
 import ctypes
 import json
 import re
+import resource
 import shutil
 import signal
 import sys
@@ -119,6 +120,8 @@ def serve(config_file: Path | None, home: Path | None, log_format: str) -> None:
             "home: missing; say --home DIR (made by `musterd init DIR`) or `home:` in the config", EXIT_USAGE
         )
         return
+    _, most_files = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most_files, most_files))  # each session takes one
     try:
         coordinator = Coordinator(home, settings)
         _share_one_heap()

@@ -17,14 +17,14 @@ class Bucket:
         self._level = float(burst)
         self._read = monotonic()
 
-    def take(self) -> bool:
-        """Whether one more is allowed now."""
+    def take(self, count: float = 1) -> bool:
+        """Whether one more is allowed now.  It takes `count`, or all there is."""
         read = self._monotonic()
         self._level = min(self._burst, self._level + (read - self._read) * self._per_s)
         self._read = read
         if self._level < 1:
             return False
-        self._level -= 1
+        self._level = max(0.0, self._level - count)
         return True
 
 
@@ -38,12 +38,12 @@ class Buckets:
         self._burst = burst
         self._buckets: OrderedDict[str, Bucket] = OrderedDict()
 
-    def take(self, peer: str) -> bool:
-        """Whether this peer may once more."""
+    def take(self, peer: str, count: float = 1) -> bool:
+        """Whether this peer may once more, at the price of `count`."""
         bucket = self._buckets.get(peer)
         if bucket is None:
             bucket = self._buckets[peer] = Bucket(self._per_s, self._burst)
             if len(self._buckets) > self.MOST:
                 self._buckets.popitem(last=False)
         self._buckets.move_to_end(peer)
-        return bucket.take()
+        return bucket.take(count)

@@ -18,7 +18,7 @@ import grpc.aio
 import structlog
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
-from coordinator.access import EnrollAccess, MainAccess
+from coordinator.access import GUESS_COSTS, EnrollAccess, MainAccess, host_of
 from coordinator.admin_service import AdminService
 from coordinator.agent_service import AgentService, EnrollService
 from coordinator.blob_service import BlobService
@@ -37,13 +37,15 @@ from coordinator.rates import Buckets
 from coordinator.sessions import Sessions
 from coordinator.sweep import Sweeper
 from coordinator.translate import go_away, push
+from coordinator.usher import Usher
 from protos import admin_pb2_grpc, agent_pb2, agent_pb2_grpc
 from protos.wire import SERVER_OPTIONS, split_address
 
 log = structlog.get_logger("coordinator.server")
 
 STOP_GRACE_S = 1.0
-_OPTIONS = (*SERVER_OPTIONS, ("grpc.max_concurrent_streams", 256))
+_ENROLLING_S = 60
+"""How long a connection to the enrolment port may last: a stranger needs it for one call."""
 
 
 class StartError(Exception):
@@ -110,6 +112,7 @@ class Coordinator:
             most_calls=config.limits.open_calls,
             refused=self._count_refusal,
         )
+        self._usher = Usher(config.limits.connections_per_address, self._ports)
         self.loop = self._make_loop(self._state)
         self._blob_service: BlobService | None = None
         self._main: grpc.aio.Server | None = None
@@ -151,6 +154,7 @@ class Coordinator:
         await self.loop.submit(CoordinatorStarted(spread_ms=self._state.timing.lease_ms))
         self._sweeper.start(self.loop, self.journal)
         self._access.start()
+        self._usher.start()
         key, chain = self._authority.server_credentials(self.home)
         self._main, main_port = self._main_server(key, chain)
         self._enroll, enroll_port = self._enroll_server(key, chain)
@@ -171,14 +175,24 @@ class Coordinator:
         self.addresses.write(self.home)
         return self.addresses
 
+    def _options(self) -> list[tuple[str, int | str]]:
+        limits = self.config.limits
+        return [
+            *SERVER_OPTIONS,
+            ("grpc.max_concurrent_streams", 256),
+            ("grpc.server_handshake_timeout_ms", limits.handshake_timeout),
+            ("grpc.max_allowed_incoming_connections", limits.connections),
+        ]
+
     def _main_server(self, key: bytes, chain: bytes) -> tuple[grpc.aio.Server, int]:
         config = self.config
         limits = config.limits
-        server = grpc.aio.server(interceptors=[self._access], options=_OPTIONS)
+        server = grpc.aio.server(interceptors=[self._access], options=self._options())
         self._blob_service = blob_service = BlobService(
             self._store,
             transfers_per_peer=config.blobs.transfers_per_peer,
             chunk_timeout_s=config.blobs.chunk_timeout / 1000,
+            slowest_bytes_per_s=config.blobs.slowest_upload,
             metrics=self.metrics,
         )
         agents = AgentService(
@@ -215,18 +229,32 @@ class Coordinator:
         config = self.config
         rates = Buckets(config.limits.enrolments_per_s, config.limits.enrolments_burst)
         server = grpc.aio.server(
-            interceptors=[EnrollAccess(rates=rates, refused=self._count_refusal)], options=_OPTIONS
+            interceptors=[EnrollAccess(rates=rates, refused=self._count_refusal)],
+            options=[
+                *self._options(),
+                ("grpc.max_connection_idle_ms", _ENROLLING_S * 1000 // 4),
+                ("grpc.max_connection_age_ms", _ENROLLING_S * 1000),
+                ("grpc.max_connection_age_grace_ms", 1_000),
+            ],
         )
+
+        def guessed(peer: str) -> None:
+            rates.take(host_of(peer), GUESS_COSTS - 1)
+
         service = EnrollService(
             loop=self.loop,
             authority=self._authority,
             agent_ttl=dt.timedelta(milliseconds=config.certificates.agent_ttl),
             main_port=lambda: split_address(self.addresses.main)[1],
+            guessed=guessed,
         )
         agent_pb2_grpc.add_AgentServiceServicer_to_server(service, server)
         return server, _bind(
             server, "listen.enroll", config.listen.enroll, grpc.ssl_server_credentials([(key, chain)])
         )
+
+    def _ports(self) -> frozenset[int]:
+        return frozenset(split_address(one)[1] for one in (self.addresses.main, self.addresses.enroll) if one)
 
     def _count_refusal(self, reason: str) -> None:
         self.metrics.refusals.labels(reason).inc()
@@ -246,6 +274,7 @@ class Coordinator:
             if server is not None:
                 await server.stop(STOP_GRACE_S)
         await self._access.stop()
+        await self._usher.stop()
         await self._sweeper.stop()
         if self._blob_service is not None:
             await self._blob_service.stop()

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -52,13 +53,17 @@ class Musterd:
         return (self.home.parent / "musterd.log").read_text()
 
 
-def start_musterd(home: Path, *, lease: str = "10s", addresses: dict[str, str] | None = None) -> Musterd:
+def start_musterd(
+    home: Path, *, lease: str = "10s", addresses: dict[str, str] | None = None, **sections: dict[str, Any]
+) -> Musterd:
     """Start `musterd serve` on a home and wait for its ready line; it logs to musterd.log beside the home.
 
-    `addresses` of an earlier process makes this one listen where that one did."""
+    `addresses` of an earlier process makes this one listen where that one did; `sections` are more of the
+    configuration."""
     listen = addresses or dict.fromkeys(("main", "enroll", "metrics"), "127.0.0.1:0")
     config = home.parent / "coordinator.yaml"
-    config.write_text(yaml.safe_dump({"lease": lease, "listen": listen, "blobs": {"reserve": 0}}))
+    settings = {"lease": lease, "listen": listen, "blobs": {"reserve": 0}, **sections}
+    config.write_text(yaml.safe_dump(settings))
     with (home.parent / "musterd.log").open("a") as log:
         process = subprocess.Popen(
             [*MUSTERD, "serve", "--config", str(config), "--home", str(home)],
