@@ -218,13 +218,17 @@ class Agent:
 
     async def _watch_disk(self) -> None:
         while True:
-            in_use = self._reports.waiting | (self._job.blobs_in_use() if self._job is not None else set())
-            removed = await asyncio.to_thread(self._blobs.cache.trim, in_use, self._settings.cache_bytes)
-            if removed:
-                log.info("cache.trimmed", bytes=removed)
+            await self.trim_cache()
             await asyncio.to_thread(self._forget_jobs)
             self._disk_free = (await asyncio.to_thread(shutil.disk_usage, self._home.root)).free
             await asyncio.sleep(15.0)
+
+    async def trim_cache(self) -> None:
+        """Bring the cache within its bound, but for what the job needs and what is stored nowhere else yet."""
+        in_use = self._reports.waiting | (self._job.blobs_in_use() if self._job is not None else set())
+        removed = await asyncio.to_thread(self._blobs.cache.trim, in_use, self._settings.cache_bytes)
+        if removed:
+            log.info("cache.trimmed", bytes=removed)
 
     # ------------------------------------------------------------------ what other agents may fetch here
 

@@ -226,6 +226,7 @@ class JobRun:
         self._thread: threading.Thread | None = None
         self._announce_wanted = asyncio.Event()
         self._checkpoints: dict[int, set[str]] = {}
+        self._restored: set[str] = set()  # shards of the checkpoint that was restored here last, or is being
         self._dataset: tuple[Piece, ...] = ()
         self.haul: Haul | None = None
 
@@ -283,10 +284,11 @@ class JobRun:
                 for piece in pieces:
                     group.create_task(fetch(piece))
         except BaseExceptionGroup as errors:
-            raise errors.exceptions[0] from None
-        finally:
-            if self.haul is haul:
-                self.haul = None
+            raise errors.exceptions[0] from None  # what has come stays, and counts at the next attempt
+        except asyncio.CancelledError:
+            self.haul = None
+            raise
+        self.haul = None
         log.info("job.fetched", job=self.job_id, what=what, bytes=haul.total, sources=dict(haul.sources))
 
     def _run_seat(self) -> None:
@@ -487,7 +489,7 @@ class JobRun:
 
     def blobs_in_use(self) -> set[str]:
         """What the cache must not evict for this job."""
-        return {piece.digest for piece in self._dataset}.union(*self._checkpoints.values())
+        return {piece.digest for piece in self._dataset}.union(self._restored, *self._checkpoints.values())
 
     def _failed(self, slot: Slot, message: control.Failed) -> None:
         kind = _KINDS.get(message.kind, agent_pb2.FAILURE_KIND_PROGRAM)
@@ -540,6 +542,7 @@ class JobRun:
         self._cancel_deadline()
         if self._restoring is not None:
             self._restoring.cancel()
+            self.haul = None
         member = next((m for m in plan.members if m.agent_id == self._agent_id), None)
         if member is None:
             self._release(plan)
@@ -666,29 +669,32 @@ class JobRun:
     async def _restore(self, plan: agent_pb2.Plan, member: agent_pb2.Member, checkpoint: Checkpoint) -> None:
         """The leader brings the checkpoint into its cache before its workers hear of the plan."""
         assert self._files is not None
-        delay_s, step = 0.2, checkpoint.step
+        delay_s, step, first_try = 0.2, checkpoint.step, True
+        self._restored = {piece.digest for piece in checkpoint.pieces}
         while True:
             try:
-                await self._fetch_all(f"checkpoint {step}", checkpoint.pieces, recheck=True)
+                await self._fetch_all(f"checkpoint {step}", checkpoint.pieces, recheck=first_try)
                 await asyncio.to_thread(
                     write_atomically, self._files.manifest(step), plan.checkpoint_json.encode()
                 )
                 break
             except (BlobError, OSError) as error:
                 if not isinstance(error, TimeoutError):
-                    self._report(agent_pb2.FAILURE_KIND_RESTORE, str(error), step=step)
+                    self._not_restored(step, str(error))
                     return
             except grpc.aio.AioRpcError as error:
                 if wire.refusal_of(error) == agent_pb2.REFUSAL_UNKNOWN_BLOB:
-                    detail = f"checkpoint of step {step}: {error.details()}"
-                    self._report(agent_pb2.FAILURE_KIND_RESTORE, detail, step=step)
+                    self._not_restored(step, f"checkpoint of step {step}: {error.details()}")
                     return
                 log.warning("restore.waiting", job=self.job_id, step=step, why=error.details())
+            first_try = False
             await asyncio.sleep(delay_s * random.uniform(0.5, 1.0))
             delay_s = min(delay_s * 2, LONGEST_DELAY_S)
-        self._checkpoints[step] = {piece.digest for piece in checkpoint.pieces}
-        self._forget_checkpoints()
         self._hand_out(plan, member, checkpoint)
+
+    def _not_restored(self, step: int, detail: str) -> None:
+        self.haul = None
+        self._report(agent_pb2.FAILURE_KIND_RESTORE, detail, step=step)
 
     def _set_deadline(self, plan: agent_pb2.Plan, forming_s: float) -> None:
         """The coordinator's own deadline comes first, and its next plan sets ours anew: what is left to us

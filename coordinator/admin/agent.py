@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import click
 
 from coordinator.admin.options import duration, with_coordinator
-from coordinator.admin.output import Column, Output, View, moment, number, size
+from coordinator.admin.output import Column, Output, View, moment, number, percent, size
 
 if TYPE_CHECKING:
     from coordinator.admin.connection import Coordinator
@@ -36,7 +36,7 @@ def list_agents(*, coordinator: Coordinator, output: Output, gone_too: bool) -> 
         Column(title="STANDING", value=standing),
         Column(title="JOB", value=lambda view: view.get("job_name") or view.get("job")),
         Column(title="STEP", value=lambda view: view.get("step") or None, right=True),
-        Column(title="ACTIVITY", value=lambda view: view.get("activity")),
+        Column(title="ACTIVITY", value=activity),
         Column(title="TOKENS/S", value=lambda view: number(view.get("tokens_per_s"), ",.0f"), right=True),
         Column(title="GPUS", value=_gpus),
         Column(title="DISK FREE", value=lambda view: size(view.get("disk_free_bytes")), right=True),
@@ -63,10 +63,13 @@ def show(*, coordinator: Coordinator, output: Output, agent_ref: str) -> None:
             ("job", view.get("job_name") or view.get("job")),
             ("unmet", view.get("unmet")),
             ("step", view.get("step")),
-            ("activity", view.get("activity")),
+            ("activity", activity(view)),
             ("tokens/s", number(view.get("tokens_per_s"), ",.0f")),
             ("gpus", _gpus(view)),
             ("disk free", size(view.get("disk_free_bytes"))),
+            ("cached blobs", view.get("cached_blobs")),
+            ("lends its cache", view.get("lends_cache")),
+            ("served wrong bytes to", view.get("served_wrong_bytes_to")),
             ("admitted", moment(view.get("admitted_unix_ms"))),
             *(
                 (title.replace("_", " "), fact)
@@ -117,6 +120,13 @@ def release(*, coordinator: Coordinator, output: Output, agent_ref: str) -> None
 def ban(*, coordinator: Coordinator, output: Output, agent_ref: str, reason: str) -> None:
     """Revoke its identity and close its session, for good."""
     _command(coordinator, output, "ban", agent_ref, reason)
+
+
+def activity(view: View) -> str:
+    """What it does, and how far a fetch has come."""
+    fetching = view.get("fetching")
+    text = str(view.get("activity") or "")
+    return f"{text} {percent(fetching)} of {size(fetching['of_bytes'])}" if fetching else text
 
 
 def standing(view: View) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -93,6 +93,8 @@ def list_jobs(*, coordinator: Coordinator, output: Output, ended_too: bool) -> N
 @with_coordinator
 def show(*, coordinator: Coordinator, output: Output, job_ref: str) -> None:
     """All about one job."""
+    from coordinator.admin.waiting import fetching
+
     view = get_job(coordinator, job_ref)
     generation = view.get("generation") or {}
     output.view(
@@ -115,6 +117,7 @@ def show(*, coordinator: Coordinator, output: Output, job_ref: str) -> None:
             ("members", members(view)),
             ("formed because", generation.get("reason")),
             ("standbys", _names(view.get("standbys"))),
+            ("fetching", fetching(view)),
             ("failures", view.get("failures")),
             ("last failure", view.get("last_failure")),
         ],
@@ -335,13 +338,18 @@ def step_of_total(view: View) -> str:
     return f"{committed or 0}/{total}" if total else str(committed or 0)
 
 
-def wait_for_end(coordinator: Coordinator, job_ref: str) -> dict[str, Any]:
-    """The view of the job once it has ended; a coordinator that is away is waited for up to ten minutes."""
+def wait_for_end(
+    coordinator: Coordinator, job_ref: str, show: Callable[[View], None] = lambda _: None
+) -> dict[str, Any]:
+    """The view of the job once it has ended; a coordinator that is away is waited for up to ten minutes.
+
+    `show` hears of every view on the way."""
     from coordinator.admin.connection import RECONNECT_WINDOW_S
 
     lost_at: float | None = None
     view = get_job(coordinator, job_ref)
     while view.get("phase") not in ENDED:
+        show(view)
         time.sleep(POLL_S)
         try:
             view = get_job(coordinator, str(view.get("id", job_ref)))
@@ -356,7 +364,12 @@ def wait_for_end(coordinator: Coordinator, job_ref: str) -> dict[str, Any]:
 
 
 def _wait(coordinator: Coordinator, output: Output, job_ref: str) -> None:
-    view = wait_for_end(coordinator, job_ref)
+    from rich.console import Console
+
+    from coordinator.admin.waiting import shown
+
+    with shown(Console(stderr=True)) as show:
+        view = wait_for_end(coordinator, job_ref, show)
     sentence = f"{view.get('id', job_ref)}  {view['phase']} at step {step_of_total(view)}"
     output.done(view, sentence)
     if view["phase"] != "COMPLETED":

@@ -111,6 +111,11 @@ def size(count: object) -> str:
     return f"{number:.0f} {units[0]}" if units[0] == "B" else f"{number:.1f} {units[0]}"
 
 
+def percent(part: View) -> str:
+    """How much of `of_bytes` the `bytes` are."""
+    return f"{100 * part['bytes'] // max(1, part['of_bytes'])} %"
+
+
 def moment(unix_ms: object) -> str:
     """A time in milliseconds since the epoch as local date and time."""
     if not isinstance(unix_ms, int | float) or not unix_ms:

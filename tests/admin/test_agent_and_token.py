@@ -22,6 +22,22 @@ def test_list_shows_presence_and_standing_with_its_reason(muster, muster_json, s
         assert part in row
 
 
+def test_list_and_show_say_how_far_a_fetch_has_come_and_what_is_held_against_a_cache(
+    muster, served: Served
+) -> None:
+    fetching = {"activity": "fetching", "fetching": {"bytes": 2**30, "of_bytes": 4 * 2**30}}
+    trust = {"cached_blobs": 3, "lends_cache": True, "served_wrong_bytes_to": ["ag2", "ag3"]}
+    served.service.agents = {"ag123456": AGENT | fetching | trust}
+    assert "fetching 25 % of 4.0 GiB" in muster("agent", "list").stdout
+    shown = muster("agent", "show", "ag123456").stdout
+    for line in (
+        "fetching 25 % of 4.0 GiB",
+        "lends its cache        yes",
+        "served wrong bytes to  ag2, ag3",
+    ):
+        assert line in shown
+
+
 def test_an_empty_list_says_what_to_do(muster) -> None:
     assert "muster token create" in muster("agent", "list").stdout
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 import signal
@@ -14,7 +15,9 @@ from typing import Any
 import pytest
 import yaml
 from click.testing import Result
+from rich.console import Console
 
+from coordinator.admin.waiting import shown
 from protos import admin_pb2, agent_pb2
 from tests.admin.conftest import error_line
 from tests.admin.server import Served
@@ -159,6 +162,31 @@ def test_list_shows_live_jobs_as_table_and_json(muster, muster_json, served: Ser
     assert header.split()[:3] == ["JOB", "NAME", "PHASE"]
     for part in ("j1", "one", "RUNNING", "12/40", "3.2500", "1,234", "2 of 1:3", "1 of 2 agents"):
         assert part in row
+
+
+FETCHING = {
+    "id": "j1", "name": "one", "phase": "RECOVERING", "committed_step": 12, "steps_total": 40,
+    "fetching": [{"agent": "ag1", "name": "lab", "ready": True, "bytes": 2**20, "of_bytes": 2**21}],
+}  # fmt: skip
+
+
+def test_show_says_what_its_agents_are_fetching(muster, served: Served) -> None:
+    served.service.jobs = {"j1": FETCHING}
+    assert "fetching  lab 50 % of 2.0 MiB\n" in muster("job", "show", "one").stdout
+
+
+def test_who_waits_on_a_terminal_sees_bars_of_the_steps_and_of_what_is_fetched() -> None:
+    terminal = io.StringIO()
+    with shown(Console(file=terminal, force_terminal=True, width=100)) as show:
+        show(FETCHING)
+        show(FETCHING | {"fetching": [], "committed_step": 13})
+    drawn = terminal.getvalue()
+    for part in ("RECOVERING", "step 12 of 40", "lab fetches", "1.0 MiB of 2.0 MiB", "step 13 of 40"):
+        assert part in drawn
+    pipe = io.StringIO()
+    with shown(Console(file=pipe)) as show:
+        show(FETCHING)
+    assert pipe.getvalue() == ""
 
 
 def test_show_names_the_members_in_rank_order(muster, muster_json, served: Served) -> None:

@@ -15,7 +15,7 @@ import grpc.aio
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.x509.oid import NameOID
+from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from protos import agent_pb2, agent_pb2_grpc, wire
 
@@ -60,6 +60,7 @@ class Authority:
         *,
         ca: bool = False,
         dns: str = "",
+        agent_id: str = "",
     ) -> x509.Certificate:
         now = datetime.now(UTC)
         builder = (
@@ -74,6 +75,14 @@ class Authority:
         )
         if dns:
             builder = builder.add_extension(x509.SubjectAlternativeName([x509.DNSName(dns)]), critical=False)
+        if agent_id:
+            names = [
+                x509.UniformResourceIdentifier(f"muster://agent/{agent_id}"),
+                x509.DNSName(wire.peer_name(agent_id)),
+            ]
+            purposes = [ExtendedKeyUsageOID.CLIENT_AUTH, ExtendedKeyUsageOID.SERVER_AUTH]
+            builder = builder.add_extension(x509.SubjectAlternativeName(names), critical=False)
+            builder = builder.add_extension(x509.ExtendedKeyUsage(purposes), critical=True)
         return builder.sign(self._key, hashes.SHA256())
 
     def sign(self, csr_pem: bytes, agent_id: str, life: timedelta) -> bytes:
@@ -82,7 +91,7 @@ class Authority:
         subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, agent_id)])
         key = csr.public_key()
         assert isinstance(key, ec.EllipticCurvePublicKey)
-        return _pem(self._build(subject, self.certificate.subject, key, life))
+        return _pem(self._build(subject, self.certificate.subject, key, life, agent_id=agent_id))
 
     def identity(self, agent_id: str, address: str, life: timedelta = timedelta(hours=1)) -> wire.Identity:
         key = ec.generate_private_key(ec.SECP256R1())
@@ -133,6 +142,7 @@ class FakeCoordinator(agent_pb2_grpc.AgentServiceServicer):
         self.blobs: dict[str, bytes] = {}
         self.gets: list[tuple[str, int]] = []
         self.break_gets_after: int | None = None
+        self.hold_gets: asyncio.Event | None = None  # each download stops after 1,000 bytes until this is set
         self.refuse_blobs = 0
         self.shards: list[agent_pb2.ReportShardRequest] = []
         self.sessions: list[Conversation] = []
@@ -302,6 +312,8 @@ class FakeCoordinator(agent_pb2_grpc.AgentServiceServicer):
                 await context.abort(grpc.StatusCode.UNAVAILABLE, "the line broke")
             yield agent_pb2.BlobChunk(data=data[begin : begin + 1000])
             sent += 1000
+            if self.hold_gets is not None:
+                await self.hold_gets.wait()
 
     async def PutBlob(self, requests: AsyncIterator[Any], context: Any) -> Any:
         header = (await anext(aiter(requests))).header

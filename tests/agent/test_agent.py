@@ -4,6 +4,7 @@ elastic; a coordinator that says what the test wants."""
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import os
 import signal
 from pathlib import Path
@@ -11,6 +12,8 @@ from pathlib import Path
 import pytest
 
 from agent.errors import RefusedByCoordinator
+from agent.home import ask
+from agent.peers import Lending
 from protos import agent_pb2
 from tests.agent.conftest import Volunteer, alive, eventually, member
 from tests.agent.fake_coordinator import FakeCoordinator
@@ -287,6 +290,45 @@ async def test_evidence_of_the_current_generation_survives_a_reconnect_once(
     await coordinator.until(lambda: len(coordinator.sessions) >= 3)
     await coordinator.heard("ready")
     assert coordinator.count("failed") == 1
+
+
+async def test_what_is_stored_nowhere_else_is_never_evicted_also_when_its_job_is_over(
+    volunteer: Volunteer, coordinator: FakeCoordinator
+) -> None:
+    coordinator.refuse_blobs = agent_pb2.REFUSAL_NO_SPACE
+    await volunteer.start(cache_bytes=0)
+    volunteer.assign({"shard": "weights", "steps": 1})
+    volunteer.plan(1, await coordinator.heard("ready"))
+    digest = hashlib.sha256(b"weights").hexdigest()
+    told = await coordinator.heard("cached", lambda cached: bytes.fromhex(digest) in cached.added)
+    assert told.peer_port == volunteer.agent.status()["peer_port"] > 0
+    coordinator.say(unassign=agent_pb2.Unassign(job_id="j1", reason="it is over"))
+    await eventually(lambda: volunteer.agent and volunteer.agent.status()["job"] is None)
+    assert volunteer.agent is not None
+    await volunteer.agent.trim_cache()
+    assert (volunteer.home.blobs / digest).exists()
+    coordinator.refuse_blobs = 0
+    await coordinator.until(lambda: coordinator.shards)
+    await eventually(lambda: volunteer.agent and not volunteer.agent._reports.waiting)
+    await volunteer.agent.trim_cache()
+    assert not (volunteer.home.blobs / digest).exists()
+    told = await coordinator.heard("cached", lambda cached: bytes.fromhex(digest) in cached.removed)
+    assert not told.whole
+
+
+async def test_a_volunteer_who_says_no_lends_nothing_from_then_on(
+    volunteer: Volunteer, coordinator: FakeCoordinator
+) -> None:
+    await volunteer.start()
+    port = (await coordinator.heard("cached", lambda cached: cached.whole)).peer_port
+    assert port > 0
+    assert (await asyncio.to_thread(ask, volunteer.home, "keep"))["lends_cache"] is False
+    await coordinator.heard("cached", lambda cached: cached.peer_port == 0)
+    assert (await asyncio.to_thread(ask, volunteer.home, "lend"))["lends_cache"] is True
+    await coordinator.heard("cached", lambda cached: cached.peer_port == port)
+    await volunteer.stop()
+    await volunteer.start(lending=Lending(allowed=False))
+    assert (await coordinator.heard("cached", lambda cached: cached.whole)).peer_port == 0
 
 
 async def test_shards_are_stored_and_reported_before_finished(

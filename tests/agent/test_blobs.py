@@ -87,6 +87,31 @@ def test_trim_removes_the_oldest_that_nobody_uses(home: Home) -> None:
     assert cache.trim(digests, 0) == 0
 
 
+def test_trim_spares_what_was_used_last_however_old_it_is(home: Home) -> None:
+    changes: list[None] = []
+    cache = BlobCache(home.blobs, lambda: changes.append(None))
+    blobs = [bytes([n]) * 100 for n in range(3)]
+    digests = [hashlib.sha256(data).hexdigest() for data in blobs]
+    for age, (digest, data) in enumerate(zip(digests, blobs, strict=True)):
+        cache.path(digest).write_bytes(data)
+        os.utime(cache.path(digest), (age, age))
+    assert cache.holds(digests[0])
+    assert cache.trim((), 100) == 200
+    assert cache.listing(10) == {digests[0]}
+    assert len(changes) == 1
+    assert cache.path(digests[0]).stat().st_mtime == 0, "who has verified it needs not do so again"
+
+
+def test_of_too_many_blobs_those_used_last_are_told_of(home: Home) -> None:
+    cache = BlobCache(home.blobs)
+    digests = [hashlib.sha256(bytes([n])).hexdigest() for n in range(4)]
+    for age, digest in enumerate(digests):
+        cache.path(digest).touch()
+        os.utime(cache.path(digest), (age, age))
+    (home.blobs / f".partial-{digests[0]}").touch()
+    assert cache.listing(2) == set(digests[2:])
+
+
 def test_blob_names_that_are_not_digests_are_refused(home: Home) -> None:
     with pytest.raises(BlobError, match="64 hex digits"):
         BlobCache(home.blobs).path("../identity.json")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import json
 from pathlib import Path
@@ -40,6 +41,32 @@ async def test_leader_restores_before_its_worker_hears_of_the_plan(
     cache = volunteer.home.job("j1").cache
     assert (cache / "manifests" / "40.json").read_text() == MANIFEST
     assert (cache / "blobs" / DIGEST).read_bytes() == SHARD
+
+
+async def test_a_restore_is_seen_from_everywhere_and_its_blobs_are_not_evicted(
+    volunteer: Volunteer, coordinator: FakeCoordinator
+) -> None:
+    await volunteer.start(cache_bytes=0)
+    volunteer.assign()
+    coordinator.blobs[DIGEST] = SHARD
+    coordinator.hold_gets = asyncio.Event()
+    volunteer.plan(3, await coordinator.heard("ready"), from_checkpoint=True, checkpoint_json=MANIFEST)
+    beat = await coordinator.heard("heartbeat", lambda beat: beat.transfer_bytes)
+    assert (beat.activity, beat.transfer_bytes, beat.transfer_total) == ("fetching", 1000, len(SHARD))
+    assert volunteer.agent is not None
+    assert volunteer.agent._job is not None
+    assert volunteer.agent.status()["job"]["fetching"] == {
+        "what": "checkpoint 40",
+        "bytes": 1000,
+        "of_bytes": len(SHARD),
+        "from": {"store": 1000},
+    }
+    assert volunteer.agent._job.blobs_in_use() == {DIGEST}
+    coordinator.hold_gets.set()
+    await coordinator.heard("formed")
+    await coordinator.heard("heartbeat", lambda beat: not beat.transfer_total)
+    assert volunteer.agent.status()["job"]["fetching"] is None
+    assert volunteer.agent._job.blobs_in_use() == {DIGEST}
 
 
 async def test_other_members_do_not_fetch_the_checkpoint(
