@@ -25,7 +25,6 @@ from tests.coordinator.harness import (
     AgentSession,
     RunningCoordinator,
     running_coordinator,
-    signing_request,
 )
 from tests.coordinator.lender import Lender, TrustingCache, lender, piece_of
 from tests.coordinator.test_admin_service import Pair
@@ -166,9 +165,8 @@ async def test_certificates_of_another_authority_serve_and_fetch_nothing(circle:
     one = await circle.lender(0)
     await one.say(one.put(DATA))
     good = await circle.ticket(asker=2)
-    key, _ = signing_request()
+    assert await circle.ask(one, circle.identities[2], good) == DATA
     stranger = Authority.create().issue_operator(Role.AGENT, circle.identities[2].id, "127.0.0.1:1")
-    assert key is not None
     # A thief of the name: everything but the authority is as it should be.
     posing = wire.Identity(
         role="agent",
@@ -330,9 +328,16 @@ async def test_nobody_is_accused_for_what_another_may_have_spoilt(circle: Circle
     spoilt, two, three = await circle.lender(0, TrustingCache), await circle.lender(1), await circle.lender(2)
     await spoilt.say(spoilt.put(b"!" * 2_000_000, under=PIECE))
     await two.say(two.put(DATA))
+    named = three.client._sources
+
+    async def spoilt_first(digest: str) -> list[agent_pb2.BlobSources]:
+        return sorted(await named(digest), key=lambda found: found.sources[0].agent_id != spoilt.identity.id)
+
+    three.client._sources = spoilt_first  # type: ignore[method-assign]
     assert (await three.client.fetch(PIECE)).read_bytes() == DATA
     assert three.accused == []
-    assert two.server.service.served_bytes >= len(DATA)
+    assert spoilt.server.service.served_bytes == 2_000_000
+    assert two.server.service.served_bytes == len(DATA) - 2_000_000 + len(DATA)
 
 
 async def test_what_an_earlier_attempt_left_is_gone_on_with(circle: Circle) -> None:
