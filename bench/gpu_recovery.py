@@ -18,7 +18,7 @@ from pathlib import Path
 
 from bench.fleets.fleet import Shape
 from bench.fleets.muster import Muster
-from bench.recovery import chosen, measure, rows_of
+from bench.recovery import Lot, chosen, measure, rows_of
 from bench.report import Row, emit, progress
 
 CASES = ("kill_agent", "freeze", "join")
@@ -67,16 +67,18 @@ def main() -> None:
         parser.error("torch sees no CUDA card here; --device cpu rehearses without one")
     rng = random.Random(1)
     rows: list[Row] = []
-    for layout, shape in layouts(args.device, len(cards), args.silence_s, args.step_delay_ms).items():
-        for case in args.cases:
-            progress(f"{layout}: {case}")
-            samples, said = measure(lambda shape=shape: Muster(shape), case, args.repeats, rng)  # type: ignore[misc]
-            rows += rows_of(
-                samples, system="muster", case=f"{case}, {layout}", goal=goal_of(case, shape), note=said
-            )
     path = Path(os.environ.get("OUT", ".")) / "gpu_recovery.json"
-    record = {"made_with": made_with, "rows": [row.as_json() for row in rows]}
-    path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    for layout, shape in layouts(args.device, len(cards), args.silence_s, args.step_delay_ms).items():
+        # One fleet for all cases of a layout: with CUDA a start takes long, and time on cards is short.
+        with Lot(lambda shape=shape: Muster(shape)) as lot:  # type: ignore[misc]
+            for case in args.cases:
+                progress(f"{layout}: {case}")
+                samples, said = measure(lot, case, args.repeats, rng)
+                rows += rows_of(
+                    samples, system="muster", case=f"{case}, {layout}", goal=goal_of(case, shape), note=said
+                )
+                record = {"made_with": made_with, "rows": [row.as_json() for row in rows]}
+                path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     progress(f"wrote {path}")
     emit(rows, as_json=args.json)
 

@@ -13,6 +13,7 @@ import random
 import signal
 import time
 from collections.abc import Callable, Iterable, Sequence
+from typing import Self
 
 from bench.fleets.fleet import Fleet, FleetError, Shape
 from bench.fleets.muster import Muster
@@ -276,51 +277,69 @@ def rows_of(
     return rows
 
 
-def measure(
-    make: Callable[[], Fleet], case: str, repeats: int, rng: random.Random
-) -> tuple[list[Sample], str]:
+class Lot:
+    """A place for one fleet, which serves attempt after attempt as long as it comes back to full strength.
+    A context manager."""
+
+    def __init__(self, make: Callable[[], Fleet]) -> None:
+        self.starts = 0
+        self._make = make
+        self._fleet: Fleet | None = None
+
+    def fleet(self, missing: int = 0) -> Fleet:
+        """The fleet, all members stepping; a new one is started with `missing` members less."""
+        if self._fleet is None:
+            self.starts += 1
+            self._fleet = self._make()
+            self._fleet.start(self._fleet.shape.world - missing)
+        return self._fleet
+
+    def clear(self) -> None:
+        """Have the next attempt start a fresh fleet."""
+        if self._fleet is not None:
+            self._fleet.close()
+            self._fleet = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.clear()
+
+
+def measure(lot: Lot, case: str, repeats: int, rng: random.Random) -> tuple[list[Sample], str]:
     """`repeats` attempts of a case, and what is to be said about them.
 
-    One fleet serves all attempts as long as it comes back to full strength; after an attempt that ran
-    into the limit, or when it does not come back, a fresh one is started.
+    After an attempt that ran into the limit, or when the fleet does not come back, a fresh one is started.
     """
     samples: list[Sample] = []
-    fresh_starts = 0
-    fleet: Fleet | None = None
+    starts = lot.starts
     try:
         while len(samples) < repeats:
-            if fleet is None:
-                fresh_starts += 1
-                if fresh_starts > 2 * repeats:
-                    return samples, "gave up: the fleet kept failing between attempts"
-                fleet = make()
-                fleet.start(fleet.shape.world - (case == "join"))
+            if lot.starts - starts == 2 * repeats:
+                return samples, "gave up: the fleet kept failing between attempts"
+            fleet = lot.fleet(missing=int(case == "join"))
             try:
                 rank = (fleet.shape.world - 1 - len(samples)) % fleet.shape.world
                 sample = MEASURES[case](fleet, rank, rng)
             except FleetError as error:
                 progress(f"    the fleet did not come back: {str(error).splitlines()[0]}")
-                fleet.close()
-                fleet = None
+                lot.clear()
                 continue
             samples.append(sample)
             shown = "not within the limit" if sample.recovery_s is None else f"{sample.recovery_s:.3f} s"
             progress(f"    {len(samples)}/{repeats}: {shown}, {sample.steps_lost} steps lost {sample.note}")
             if sample.recovery_s is None:
-                fleet.close()
-                fleet = None
+                lot.clear()
                 last = samples[-GIVE_UP_AFTER:]
                 if len(last) == GIVE_UP_AFTER and all(s.recovery_s is None for s in last):
                     break
-        replaced = f"{fresh_starts - 1} times a fresh fleet was needed" if fresh_starts > 1 else ""
     except FleetError as error:
         progress(str(error))
+        lot.clear()
         return samples, str(error).splitlines()[0]
-    else:
-        return samples, replaced
-    finally:
-        if fleet is not None:
-            fleet.close()
+    replaced = lot.starts - starts - 1
+    return samples, f"{replaced} times a fresh fleet was needed" if replaced > 0 else ""
 
 
 def measure_all(
@@ -333,7 +352,8 @@ def measure_all(
             progress(f"{case}: {system.system}")
             samples: list[Sample] = []
             if not (said := system.unavailable()):
-                samples, said = measure(lambda made=system: made(shape), case, repeats, rng)  # type: ignore[misc]
+                with Lot(lambda made=system: made(shape)) as lot:  # type: ignore[misc]
+                    samples, said = measure(lot, case, repeats, rng)
             rows += rows_of(
                 samples,
                 system=system.system,

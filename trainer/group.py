@@ -12,8 +12,10 @@ again.  NCCL is aborted, which ends the kernels that the main thread waits for.
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import threading
+import time
 from collections.abc import Callable
 from datetime import timedelta
 from functools import cache
@@ -23,6 +25,12 @@ from torch import Tensor
 from torch import distributed as dist
 from torch._C._distributed_c10d import HashStore, PrefixStore, Store, TCPStore
 from torch.futures import Future
+
+_POLL_S = 1e-4
+"""How often the device is asked whether a collective has ended."""
+_BROKEN_S = 0.05
+"""An ended collective that the device has not passed after this long has not ended but failed.  Where
+several ranks share one card, a rank may be off it for some milliseconds."""
 
 Bell = threading.Condition
 """Rung whenever something happened that a waiting main thread may want to know."""
@@ -130,6 +138,8 @@ class Group:
         self._bell = bell
         self._waits = _Waits(bell)
         self._process_group = process_group
+        self._newest: dist.Work | None = None  # on CUDA: what `settle` waits for
+        self._aborting: threading.Thread | None = None
 
     @property
     def failure(self) -> str | None:
@@ -154,11 +164,28 @@ class Group:
         self._run(lambda group: group.broadcast([tensor], options))
 
     def settle(self) -> None:
-        """Wait until the device has done what was asked.  After an abort its results are worthless: raise."""
-        if self.device.type == "cuda" and self._process_group is not None:
-            torch.cuda.current_stream(self.device).synchronize()
-            if self.aborted:
-                raise Interrupted(f"generation {self.generation} was superseded")
+        """Wait until the device has done what was asked.
+
+        Raise Interrupted after an abort, whose results are worthless, CollectiveFailed if NCCL says that
+        the communicator broke: its kernels then never end by themselves, and whoever synchronized with
+        them would not hear of it.
+        """
+        work, self._newest = self._newest, None
+        if work is None:
+            return
+        passed = torch.cuda.Event()
+        passed.record(torch.cuda.current_stream(self.device))
+        ended_at = math.inf
+        while not passed.query() and not self.aborted:
+            # Besides asking for the end of the kernel this asks NCCL for errors, and counts them as an end.
+            if ended_at == math.inf and work.is_completed():
+                ended_at = time.monotonic()
+            if time.monotonic() - ended_at > _BROKEN_S:
+                raise CollectiveFailed("NCCL: the connection to a peer broke")
+            time.sleep(_POLL_S)
+        if self.aborted:
+            torch.cuda.current_stream(self.device).synchronize()  # the abort ends its kernels
+            raise Interrupted(f"generation {self.generation} was superseded")
 
     def exchange(self, row: list[int]) -> list[list[int]]:
         """Every rank's row of int64 numbers, in rank order.  All rows have one length."""
@@ -223,13 +250,16 @@ class Group:
     def _start(self, start: Callable[[dist.ProcessGroup], dist.Work]) -> Future[list[Tensor]]:
         assert self._process_group is not None
         try:
-            future: Future[list[Tensor]] = start(self._process_group).get_future()
+            work = start(self._process_group)
+            future: Future[list[Tensor]] = work.get_future()
         except RuntimeError as error:
             raise CollectiveFailed(_first_line(error)) from error
         if self.device.type == "cpu":
             with self._bell:
                 self._waits.unfinished += 1
             future.add_done_callback(self._waits.finished_one)
+        else:
+            self._newest = work
         return future
 
     # --------------------------------------------------------------------------------- the end
@@ -246,8 +276,10 @@ class Group:
         for promise in promises:
             waits.keep(promise, Interrupted(f"generation {self.generation} was superseded"))
         if self.device.type == "cuda" and self._process_group is not None:
-            with contextlib.suppress(RuntimeError):  # a communicator that is already broken
-                self._process_group.abort()
+            # On a thread: the kernels end at once, but the call takes half a second, and the caller may be
+            # the listener, whom the next plan is waiting for.
+            self._aborting = threading.Thread(target=_abort, args=(self._process_group,), daemon=True)
+            self._aborting.start()
 
     @property
     def idle(self) -> bool:
@@ -256,7 +288,14 @@ class Group:
 
     def free(self) -> None:
         """Close the connections.  Peers that still wait for this rank see their collectives fail."""
+        if self._aborting is not None:
+            self._aborting.join()
         self._process_group = None
+
+
+def _abort(process_group: dist.ProcessGroup) -> None:
+    with contextlib.suppress(RuntimeError):  # a communicator that is already broken
+        process_group.abort()
 
 
 def ready(tensor: Tensor) -> Future[Tensor]:

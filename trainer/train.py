@@ -40,6 +40,10 @@ NCCL_SETTINGS = {
     # same and waits for it (60 s by default); freeing the group waits for its watchdog.
     "TORCH_NCCL_WAIT_TIMEOUT_DUMP_MILSEC": "1",
     "TORCH_NCCL_ENABLE_MONITORING": "0",  # it ends the process when a dead group's watchdog hangs
+    # No flight recorder: it notes a stack at every collective, and prints one when a group breaks, which
+    # took 5 s of a thread that freeing the group waits for.
+    "TORCH_FR_BUFFER_SIZE": "0",
+    "TORCH_NCCL_TRACE_BUFFER_SIZE": "0",
     "NCCL_NVLS_ENABLE": "0",
 }
 

@@ -1,11 +1,12 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 
 import pytest
 
-from bench.fleets.fleet import FleetError, Shape
-from bench.recovery import CASES, SYSTEMS, Sample, measure, rolled_back, rows_of
+from bench.fleets.fleet import Fleet, FleetError, Shape
+from bench.recovery import CASES, SYSTEMS, Lot, Sample, measure, rolled_back, rows_of
 from bench.trace import Commit
 from tests.bench.fakes import FakeFleet, ForgetfulFleet, MortalFleet
 
@@ -14,6 +15,11 @@ SHAPE = Shape(step_delay_ms=10, silence_s=0.3)
 
 def commit(step: int, generation: int, t_ns: int, pid: int = 1) -> Commit:
     return Commit(step=step, t_ns=t_ns, generation=generation, world=2, rank=0, pid=pid, ppid=0)
+
+
+def attempts(make: Callable[[], Fleet], case: str, repeats: int) -> tuple[list[Sample], str]:
+    with Lot(make) as lot:
+        return measure(lot, case, repeats, random.Random(1))
 
 
 def test_steps_that_a_new_world_computes_again_are_lost() -> None:
@@ -31,7 +37,7 @@ def test_survivor_that_applies_a_step_later_than_another_has_lost_nothing() -> N
 
 @pytest.mark.parametrize("case", ["kill_worker", "kill_agent", "drain"])
 def test_death_is_timed_from_the_signal_to_the_survivors_next_world(case: str) -> None:
-    samples, _ = measure(lambda: FakeFleet(SHAPE), case, 2, random.Random(1))
+    samples, _ = attempts(lambda: FakeFleet(SHAPE), case, 2)
     assert len(samples) == 2
     for sample in samples:
         assert sample.recovery_s is not None
@@ -40,18 +46,18 @@ def test_death_is_timed_from_the_signal_to_the_survivors_next_world(case: str) -
 
 
 def test_frozen_member_is_replaced_between_attempts() -> None:
-    samples, said = measure(lambda: FakeFleet(SHAPE), "freeze", 2, random.Random(1))
+    samples, said = attempts(lambda: FakeFleet(SHAPE), "freeze", 2)
     assert [s.recovery_s is not None for s in samples] == [True, True]
     assert said == ""
 
 
 def test_lost_steps_are_counted() -> None:
-    samples, _ = measure(lambda: ForgetfulFleet(SHAPE), "kill_agent", 1, random.Random(1))
+    samples, _ = attempts(lambda: ForgetfulFleet(SHAPE), "kill_agent", 1)
     assert samples[0].steps_lost == 7
 
 
 def test_join_counts_the_pause_of_the_others_and_not_the_start_of_the_newcomer() -> None:
-    samples, _ = measure(lambda: FakeFleet(SHAPE), "join", 2, random.Random(1))
+    samples, _ = attempts(lambda: FakeFleet(SHAPE), "join", 2)
     for sample in samples:
         assert sample.recovery_s is not None
         assert sample.joined_s is not None
@@ -59,14 +65,14 @@ def test_join_counts_the_pause_of_the_others_and_not_the_start_of_the_newcomer()
 
 
 def test_coordinator_restart_measures_what_a_step_takes_longer() -> None:
-    samples, _ = measure(lambda: FakeFleet(SHAPE), "coordinator_restart", 1, random.Random(1))
+    samples, _ = attempts(lambda: FakeFleet(SHAPE), "coordinator_restart", 1)
     assert samples[0].recovery_s is not None
     assert samples[0].recovery_s < 1
     assert samples[0].note == ""
 
 
 def test_job_that_dies_is_reported_and_given_up_after_two_attempts() -> None:
-    samples, _ = measure(lambda: MortalFleet(SHAPE), "kill_agent", 5, random.Random(1))
+    samples, _ = attempts(lambda: MortalFleet(SHAPE), "kill_agent", 5)
     assert [s.recovery_s for s in samples] == [None, None]
     assert "every member had ended" in samples[0].note
 
@@ -76,7 +82,7 @@ def test_fleet_that_does_not_start_says_so_in_the_row() -> None:
         def start_coordinator(self) -> None:
             raise FleetError("no coordinator here")
 
-    samples, said = measure(lambda: Absent(SHAPE), "drain", 1, random.Random(1))
+    samples, said = attempts(lambda: Absent(SHAPE), "drain", 1)
     (recovery, lost) = rows_of(samples, system="x", case="drain", goal=None, note=said)
     assert (recovery.n, recovery.median, lost.n) == (0, None, 0)
     assert "no coordinator here" in recovery.note

@@ -41,8 +41,9 @@ def device(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(scope="module")
 def tolerance(device: str) -> float:
-    """Relative, of a loss: on a card the order of additions within a kernel is not fixed."""
-    return 1e-4 if device == "cpu" else 1e-3
+    """Relative, of a loss.  On an H100, with TF32, one rank and two that nobody disturbs differ by 4e-6 after
+    60 steps, 7e-4 after 80 and 5e-3 after 300: gradients summed in another order, and chaos."""
+    return 1e-4 if device == "cpu" else 1e-2
 
 
 @pytest.fixture(scope="module")
