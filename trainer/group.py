@@ -173,10 +173,10 @@ class Group:
         work, self._newest = self._newest, None
         if work is None:
             return
-        passed = torch.cuda.Event()
+        passed = torch.cuda.Event()  # type: ignore[no-untyped-call]
         passed.record(torch.cuda.current_stream(self.device))
         ended_at = math.inf
-        while not passed.query() and not self.aborted:
+        while not passed.query() and not self.aborted:  # type: ignore[no-untyped-call]
             # Besides asking for the end of the kernel this asks NCCL for errors, and counts them as an end.
             if ended_at == math.inf and work.is_completed():
                 ended_at = time.monotonic()
