@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 # Metrics of which more is better; a goal for any other metric is an upper bound.
-AT_LEAST = frozenset({"goodput", "mib_per_s", "of_dd", "of_cold_read"})
+AT_LEAST = frozenset({"goodput", "mib_per_s", "of_dd", "of_cold_read", "decisions_per_s"})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

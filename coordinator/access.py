@@ -375,10 +375,16 @@ def _guarded(
                 await abort(context, error)
 
         guarded = call
+
+    def serialize(reply: Any) -> bytes:
+        # A plan goes to thousands in the same words and is encoded once.
+        encoded: bytes = reply if isinstance(reply, bytes) else handler.response_serializer(reply)
+        return encoded
+
     return wrap(
         guarded,
         request_deserializer=_lenient(handler.request_deserializer),
-        response_serializer=handler.response_serializer,
+        response_serializer=serialize,
     )
 
 

@@ -36,7 +36,7 @@ from coordinator.presign import CredentialsError
 from coordinator.rates import Buckets
 from coordinator.sessions import Sessions
 from coordinator.sweep import Sweeper
-from coordinator.translate import go_away, push
+from coordinator.translate import Wording, go_away
 from coordinator.usher import Usher
 from protos import admin_pb2_grpc, agent_pb2, agent_pb2_grpc
 from protos.wire import SERVER_OPTIONS, split_address
@@ -103,6 +103,7 @@ class Coordinator:
             raise
         self.sessions = Sessions()
         self.caches = Caches(self._authority.sign, self._tell_revoked)
+        self._wording = Wording()
         self.metrics = Metrics(lambda: self._state, lambda: len(self.sessions), lambda: self.logs.dropped)
         self._sweeper = Sweeper(self._store, blobs)
         self._access = MainAccess(
@@ -140,7 +141,7 @@ class Coordinator:
 
     def _deliver(self, message: Push) -> None:
         session = self.sessions.of(message.agent_id)
-        if session is not None and (wire := push(message, self._state)) is not None:
+        if session is not None and (wire := self._wording.of(message, self._state)) is not None:
             session.send(wire)
 
     def _tell_revoked(self, agent_id: AgentId) -> None:

@@ -21,13 +21,13 @@ class OpenSession:
         self.agent_id = agent_id
         self.session_id = session_id
         self._most_waiting = most_waiting
-        self._waiting: deque[agent_pb2.CoordinatorMessage] = deque()
+        self._waiting: deque[agent_pb2.CoordinatorMessage | bytes] = deque()
         self._stirred = asyncio.Event()
         self._ending = False
         self._writer: asyncio.Task[None] | None = None
 
-    def send(self, message: agent_pb2.CoordinatorMessage) -> None:
-        """Queue a message.  After a GoAway, and after `end`, nothing more is taken."""
+    def send(self, message: agent_pb2.CoordinatorMessage | bytes) -> None:
+        """Queue a message, or an encoded one.  After a GoAway, and after `end`, nothing more is taken."""
         if self._ending:
             return
         if len(self._waiting) >= self._most_waiting:
@@ -36,7 +36,7 @@ class OpenSession:
                 self._writer.cancel()
             return
         self._waiting.append(message)
-        if message.WhichOneof("body") == "go_away":
+        if not isinstance(message, bytes) and message.HasField("go_away"):
             self._ending = True
         self._stirred.set()
 

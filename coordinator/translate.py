@@ -599,6 +599,7 @@ def plan(job_id: JobId, generation: Generation, checkpoint_json: str, lineage: i
             cut = agent_pb2.CUT_ABORT
         case _:
             assert_never(generation.cut)
+    holders = frozenset(generation.holders)
     return agent_pb2.Plan(
         job_id=job_id,
         generation=generation.number,
@@ -609,7 +610,7 @@ def plan(job_id: JobId, generation: Generation, checkpoint_json: str, lineage: i
                 first_rank=member.first_rank,
                 worker_count=member.worker_count,
                 host=member.host,
-                holds_state=member.agent_id in generation.holders,
+                holds_state=member.agent_id in holders,
             )
             for member in generation.members
         ],
@@ -625,6 +626,28 @@ def plan(job_id: JobId, generation: Generation, checkpoint_json: str, lineage: i
         checkpoint_before_cut=generation.checkpoint_before_cut,
         lineage=lineage,
     )
+
+
+class Wording:
+    """What is pushed, in the words of the wire.  A plan comes to all its members in the same words, which
+    for a thousand members take a millisecond to find: they are found once."""
+
+    def __init__(self) -> None:
+        self._plan: tuple[PushPlan, bytes] | None = None
+
+    def of(self, message: Push, state: State) -> agent_pb2.CoordinatorMessage | bytes | None:
+        """As `push`; a plan is encoded already."""
+        if not isinstance(message, PushPlan):
+            return push(message, state)
+        if self._plan is not None:
+            before, found = self._plan
+            if before.generation is message.generation and before.checkpoint_json == message.checkpoint_json:
+                return found
+        worded = push(message, state)
+        assert worded is not None
+        encoded = worded.SerializeToString()
+        self._plan = (message, encoded)
+        return encoded
 
 
 def push(message: Push, state: State) -> agent_pb2.CoordinatorMessage | None:

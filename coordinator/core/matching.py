@@ -97,17 +97,22 @@ def match(state: State, now_ms: int) -> tuple[Record, ...]:
         return ()
     jobs = _wanting(state)
     taken = {job.job_id: places_taken(state, job) for job in jobs}
+    open_jobs = [job for job in jobs if taken[job.job_id] < 2 * job.spec.max_nodes]
     records: list[Record] = []
     assigned: set[AgentId] = set()
     candidates = looked_at
-    if agenda.slots and any(taken[job.job_id] < 2 * job.spec.max_nodes for job in jobs):
+    if agenda.slots and open_jobs:
         candidates = list(state.agents.values())
     for agent in candidates:
+        if not open_jobs:
+            break
         if not idle(agent):
             continue
-        job = _best(jobs, taken, agent)
+        job = _best(open_jobs, taken, agent)
         if job is not None:
             taken[job.job_id] += 1
+            if taken[job.job_id] >= 2 * job.spec.max_nodes:
+                open_jobs.remove(job)
             assigned.add(agent.agent_id)
             records.append(AgentAssigned(at_ms=now_ms, agent_id=agent.agent_id, job_id=job.job_id))
     if not records:
@@ -149,15 +154,21 @@ def serves(job: Job, agent: Agent) -> bool:
     return not unmet(job.spec, agent)
 
 
-def _best(jobs: list[Job], taken: dict[JobId, int], agent: Agent) -> Job | None:
-    wanted = [job for job in jobs if taken[job.job_id] < 2 * job.spec.max_nodes and serves(job, agent)]
-    for job in wanted:
-        if taken[job.job_id] < job.spec.min_nodes:
+def _best(open_jobs: list[Job], taken: dict[JobId, int], agent: Agent) -> Job | None:
+    """Of the jobs that have a place left: one below its minimum, one below its maximum, or any."""
+    second: Job | None = None
+    third: Job | None = None
+    for job in open_jobs:
+        places = taken[job.job_id]
+        if (second is not None and places >= job.spec.min_nodes) or not serves(job, agent):
+            continue
+        if places < job.spec.min_nodes:
             return job
-    for job in wanted:
-        if taken[job.job_id] < job.spec.max_nodes:
-            return job
-    return wanted[0] if wanted else None
+        if places < job.spec.max_nodes:
+            second = job
+        elif third is None:
+            third = job
+    return second or third
 
 
 def _may_lend(state: State) -> bool:
@@ -204,13 +215,11 @@ def _why_idle(jobs: list[Job], taken: dict[JobId, int], agent: Agent) -> tuple[s
     if agent.torchrun_job:
         return f"no live torchrun job has the id or name {agent.torchrun_job}, or it has enough agents", ()
     missing: list[str] = []
-    full = False
     for job in jobs:
         sentences = unmet(job.spec, agent)
+        if not sentences:
+            return "every job whose requirements it meets has enough agents", ()
         missing += [f"job {job.spec.name}: {sentence}" for sentence in sentences]
-        full = full or not sentences
-    if full:
-        return "every job whose requirements it meets has enough agents", ()
     if missing:
         return "it does not meet the requirements of any job", tuple(missing)
     return "no job wants agents", ()

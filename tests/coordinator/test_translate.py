@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,15 +14,22 @@ from hypothesis import strategies as st
 from coordinator import translate
 from coordinator.core.model import (
     AgentId,
+    Cut,
     Evaluation,
     EvaluationsReceived,
     FailureKind,
+    Generation,
     JobAction,
+    JobId,
     LeaveAsked,
+    Member,
     ProgressReceived,
+    PushPlan,
     Refusal,
     SessionId,
+    State,
     Timing,
+    Why,
     WorkerFailedReceived,
 )
 from coordinator.translate import MalformedError
@@ -253,3 +261,29 @@ def test_no_bytes_from_outside_raise_anything_but_malformed(data: bytes) -> None
     ):
         with contextlib.suppress(MalformedError):
             read()
+
+
+def test_a_plan_is_worded_once_for_all_its_members_and_again_when_it_changes() -> None:
+    member = Member(agent_id=AgentId("a1"), group_rank=0, first_rank=0, worker_count=1, host="h")
+    first = Generation(
+        number=1, members=(member,), store_host="h", store_port=1, cut=Cut.ABORT, why=Why.FORMED, planned_ms=0,
+        deadline_ms=1, committed_step=0, committed_digest="", from_checkpoint_step=None, fresh=True,
+    )  # fmt: skip
+    wording, state = translate.Wording(), State(timing=Timing.from_lease(10_000))
+
+    def told(agent_id: str, generation: Generation, checkpoint_json: str = "") -> object:
+        push = PushPlan(
+            agent_id=AgentId(agent_id),
+            job_id=JobId("j"),
+            generation=generation,
+            checkpoint_json=checkpoint_json,
+        )
+        words = wording.of(push, state)
+        assert isinstance(words, bytes)
+        assert agent_pb2.CoordinatorMessage.FromString(words) == translate.push(push, state)
+        return words
+
+    once = told("a1", first)
+    assert told("a2", first) is once
+    assert told("a1", replace(first, number=2)) != once
+    assert told("a1", first, "{}") != once
