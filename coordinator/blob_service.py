@@ -18,7 +18,8 @@ from coordinator.blobs import (
     BlobUpload,
     PresignedTransfers,
 )
-from coordinator.core.model import Refusal
+from coordinator.core.model import AgentId, Refusal
+from coordinator.identity import Principal, Role
 from coordinator.metrics import Metrics
 from protos import agent_pb2
 
@@ -37,12 +38,15 @@ class BlobService:
         chunk_timeout_s: float,
         slowest_bytes_per_s: int,
         metrics: Metrics,
+        wrong_bytes: Callable[[AgentId, str], None],
     ) -> None:
+        """`wrong_bytes` hears of an agent whose upload was not the blob with this digest."""
         self._store = store
         self._transfers_per_peer = transfers_per_peer
         self._chunk_timeout_s = chunk_timeout_s
         self._slowest_bytes_per_s = slowest_bytes_per_s
         self._metrics = metrics
+        self._wrong_bytes = wrong_bytes
         self._under_way: Counter[tuple[str, str]] = Counter()
         self._checks: dict[tuple[str, str, int], asyncio.Task[None]] = {}
         self._checking = asyncio.Semaphore(CHECKS_AT_ONCE)
@@ -100,7 +104,8 @@ class BlobService:
                     await asyncio.to_thread(upload.write, data)
                     self._metrics.blob_bytes.labels("up").inc(len(data))
                 await asyncio.to_thread(upload.finish)
-            except (BlobRefusedError, translate.MalformedError):
+            except (BlobRefusedError, translate.MalformedError) as error:
+                self._hold_against(caller.get(), digest, error)
                 await asyncio.shield(asyncio.to_thread(upload.discard))
                 raise
             finally:
@@ -143,8 +148,18 @@ class BlobService:
         await asyncio.shield(check)
 
     async def _take_in(self, presigned: PresignedTransfers, peer: str, digest: str, size: int) -> None:
+        principal = caller.get()  # of the report that began this check
         async with self._checking:
-            await asyncio.to_thread(presigned.take_in, peer, digest, size)
+            try:
+                await asyncio.to_thread(presigned.take_in, peer, digest, size)
+            except BlobRefusedError as error:
+                self._hold_against(principal, digest, error)
+                raise
+
+    def _hold_against(self, sender: Principal, digest: str, error: Exception) -> None:
+        wrong = isinstance(error, BlobRefusedError) and error.refusal is Refusal.DIGEST_MISMATCH
+        if wrong and sender.role is Role.AGENT:
+            self._wrong_bytes(AgentId(sender.id), digest)
 
     def _checked(self, key: tuple[str, str, int], done: asyncio.Task[None]) -> None:
         del self._checks[key]

@@ -26,7 +26,7 @@ from coordinator.blobs import BlobStore, DirectoryStore
 from coordinator.caches import Caches
 from coordinator.clock import Clock
 from coordinator.config import Blobs, CoordinatorConfig
-from coordinator.core.model import AgentId, CoordinatorStarted, Push, State
+from coordinator.core.model import AgentId, CoordinatorStarted, Push, State, WrongBytesSent
 from coordinator.identity import Authority, RevokedOperators
 from coordinator.journal import Journal
 from coordinator.logs import LogBook, LogFile
@@ -195,6 +195,7 @@ class Coordinator:
             chunk_timeout_s=config.blobs.chunk_timeout / 1000,
             slowest_bytes_per_s=config.blobs.slowest_upload,
             metrics=self.metrics,
+            wrong_bytes=self._wrong_bytes_sent,
         )
         agents = AgentService(
             loop=self.loop,
@@ -259,6 +260,10 @@ class Coordinator:
 
     def _count_refusal(self, reason: str) -> None:
         self.metrics.refusals.labels(reason).inc()
+
+    def _wrong_bytes_sent(self, agent_id: AgentId, digest: str) -> None:
+        log.warning("wrong bytes", agent=agent_id, digest=digest, action="refused and held against it")
+        self.loop.post(WrongBytesSent(agent_id=agent_id, digest=digest))
 
     async def stop(self) -> None:
         """Say goodbye to everyone, decide what is queued, leave nothing open."""

@@ -97,6 +97,7 @@ from coordinator.core.model import (
     Why,
     WorkerFailedReceived,
     WrongBytesReported,
+    WrongBytesSent,
 )
 from coordinator.core.strikes import strike
 
@@ -154,6 +155,7 @@ AgentEvent = (
     | GoodbyeReceived
     | ShardReported
     | WrongBytesReported
+    | WrongBytesSent
     | AgentCommanded
 )
 
@@ -200,6 +202,12 @@ def _of_agent(state: State, now_ms: int, event: AgentEvent) -> Decision:
             )
         case WrongBytesReported():
             return _accuse(state, now_ms, agent, event)
+        case WrongBytesSent():
+            # Once it is quarantined nothing is added, so that nobody fills the journal.
+            if agent.standing is not Standing.ELIGIBLE:
+                return Decision()
+            detail = f"it uploaded other bytes than those of blob {event.digest}"
+            return _accept(*strike(state, now_ms, agent, detail))
         case ReadyReceived():
             return _of_job(state, now_ms, agent, event.readiness.job_id, event)
         case _:

@@ -651,6 +651,14 @@ class WrongBytesReported:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class WrongBytesSent:
+    """What `agent_id` has uploaded as the blob `digest` hashes to something else; nothing of it was kept."""
+
+    agent_id: AgentId
+    digest: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class JobSubmitted:
     job_id: JobId
     spec: JobSpec
@@ -757,6 +765,7 @@ Event = (
     | GoodbyeReceived
     | ShardReported
     | WrongBytesReported
+    | WrongBytesSent
     | JobSubmitted
     | JobCommanded
     | JobScaled

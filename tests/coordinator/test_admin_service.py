@@ -482,6 +482,25 @@ async def test_a_bad_upload_is_refused_and_leaves_nothing(
     assert [path for path in (c.home / "blobs").rglob("*") if path.is_file()] == []
 
 
+async def test_an_agent_that_uploads_wrong_bytes_is_quarantined_at_the_usual_bound(
+    c: RunningCoordinator,
+) -> None:
+    identity = await c.enroll("liar")
+    wrong = {"data": b"abc", "digest": digest_of(b"abd"), "size": 3}
+    for strikes, standing in ((1, "eligible"), (2, "eligible"), (3, "quarantined"), (3, "quarantined")):
+        found, _ = await refusal(put(await c.agent(identity), **wrong))
+        assert found == agent_pb2.REFUSAL_DIGEST_MISMATCH
+        view = json.loads((await (await c.admin()).GetAgent(admin_pb2.AgentRef(agent="liar"))).json)
+        assert (view["strikes"], view["standing"]) == (strikes, standing)
+    assert f"other bytes than those of blob {digest_of(b'abd')}" in view["standing_detail"]
+    # An operator's slip is nobody's strike, and a truncated upload is a broken line.
+    await refusal(put(await c.admin(), **wrong))
+    honest = await c.enroll("honest")
+    await refusal(put(await c.agent(honest), b"ab", digest=digest_of(b"abc"), size=3))
+    view = json.loads((await (await c.admin()).GetAgent(admin_pb2.AgentRef(agent="honest"))).json)
+    assert view["strikes"] == 0
+
+
 async def test_an_upload_that_is_dropped_leaves_nothing(c: RunningCoordinator) -> None:
     agent = await c.agent(await c.enroll())
     incoming = c.home / "blobs" / "incoming"

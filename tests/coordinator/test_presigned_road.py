@@ -20,7 +20,7 @@ from agent.errors import BlobError
 from coordinator.access import caller
 from coordinator.blob_service import BlobService
 from coordinator.blobs import BlobRefusedError, DirectoryStore
-from coordinator.core.model import Refusal, State
+from coordinator.core.model import AgentId, Refusal, State
 from coordinator.identity import Principal, Role
 from coordinator.metrics import Metrics
 from coordinator.server import StartError
@@ -192,6 +192,8 @@ async def test_wrong_bytes_under_a_right_name_are_refused_and_the_right_ones_the
     assert refusal_of(error.value) == agent_pb2.REFUSAL_DIGEST_MISMATCH
     assert "hash to" in (error.value.details() or "")
     assert list(road.c.coordinator._store.stored()) == []
+    agents = await road.c.coordinator.loop.query(lambda state, _: dict(state.agents))
+    assert [agents[AgentId(one.id)].strikes for one in road.pair.identities] == [1, 0]
     await road.store(data)
     assert road.c.coordinator._store.verify(digest, len(data)) == ""
 
@@ -310,6 +312,7 @@ class SlowChecks:
         self.begun: list[tuple[str, str, int]] = []
         self.go_on = threading.Event()
         self.wrong = False
+        self.held_against: list[str] = []
 
     def take_in(self, peer: str, digest: str, size: int) -> None:
         self.begun.append((peer, digest, size))
@@ -325,7 +328,15 @@ def slow(tmp_path: Path) -> tuple[SlowChecks, BlobService]:
     store.presigned = checks  # type: ignore[assignment]
     metrics = Metrics(State, lambda: 0, lambda: 0)
     caller.set(Principal(role=Role.AGENT, id="a1", not_after_unix_s=2**40))
-    return checks, BlobService(store, transfers_per_peer=1, chunk_timeout_s=1.0, metrics=metrics)
+    service = BlobService(
+        store,
+        transfers_per_peer=1,
+        chunk_timeout_s=1.0,
+        slowest_bytes_per_s=1,
+        metrics=metrics,
+        wrong_bytes=lambda agent_id, _: checks.held_against.append(agent_id),
+    )
+    return checks, service
 
 
 @pytest.mark.parametrize("wrong", [False, True])
@@ -348,4 +359,5 @@ async def test_a_check_that_outlasts_its_report_is_finished_and_not_begun_again(
     else:
         await again
     assert checks.begun == [("agent-a1", "ab" * 32, 7)]
+    assert checks.held_against == (["a1"] if wrong else []), "once for one upload"
     await service.stop()

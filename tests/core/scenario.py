@@ -10,6 +10,7 @@ One line is one command.  Agents, and jobs, have one-word names that are also th
     agent a reconnects held tiny 3          open a session as the same process
     agent a closes | beats | freezes | thaws | goodbye | leaving
     agent a accuses b                       of having served it wrong bytes
+    agent a uploads wrong                   other bytes than it promised
     agent a ready holds 7 abcd of 1         Ready, perhaps with state of a step (and digest), and for which
                                             of its assignments
     agent a formed | released | finished | steps 1 5 | fails killed | shard 5 0/2
@@ -81,6 +82,7 @@ from coordinator.core.model import (
     TokenId,
     WorkerFailedReceived,
     WrongBytesReported,
+    WrongBytesSent,
 )
 from coordinator.core.settle import next_deadline
 from coordinator.core.step import step
@@ -255,6 +257,8 @@ class Scenario:
                 self.happen(GoodbyeReceived(agent_id=name, reason="done"))
             case "accuses":
                 self.happen(WrongBytesReported(agent_id=name, peer_id=AgentId(rest[0]), digest="00"))
+            case "uploads":
+                self.happen(WrongBytesSent(agent_id=name, digest="00"))
             case "leaving":
                 self.happen(LeaveAsked(agent_id=name, reason="shutting down"))
             case _:
