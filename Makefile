@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: help demo test lint format protos bench floods fuzz sim clean
+.PHONY: help demo test lint format protos bench floods fuzz sim chaos clean
 
 help:
 	@echo "make demo    train on three agents of this machine, kill one, let one rejoin"
@@ -14,6 +14,7 @@ help:
 	@echo "make sim     simulated fleets that fail in every way: SEEDS=10000 FIRST=1"
 	@echo "make floods  a real musterd under floods on loopback: CONNECTIONS=10000"
 	@echo "make fuzz    every reader of foreign bytes under atheris: SECONDS_EACH=60"
+	@echo "make chaos   real fleets struck at random: MINUTES=60 SEED=1"
 	@echo "make bench   every benchmark that needs no GPU (takes an hour)"
 
 $(BIN)/python:
@@ -65,6 +66,11 @@ SEEDS ?= 1000
 FIRST ?= 1
 sim: $(VENV)/installed-dev
 	$(BIN)/python -m tests.sim --first $(FIRST) --seeds $(SEEDS)
+
+MINUTES ?= 60
+SEED    ?= 1
+chaos: $(VENV)/installed-dev
+	$(BIN)/python -m tests.chaos --minutes $(MINUTES) --seed $(SEED)
 
 clean:
 	rm -rf $(VENV) out build *.egg-info .mypy_cache .ruff_cache .hypothesis

@@ -18,10 +18,12 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
 
 from bench.fleets.fleet import REPOSITORY, Fleet, FleetError, Shape
 from bench.fleets.muster import Muster
-from bench.processes import send
+from bench.processes import Park, send
 from bench.recovery import rolled_back
 from bench.report import Row, emit, progress
 from bench.trace import Commit, StepTrace
@@ -157,23 +159,23 @@ def void(_: object) -> None:
     """For callbacks whose result nobody wants."""
 
 
-def undisturbed_losses(fleet: Muster, last: int) -> dict[int, float]:
-    """Train alone, without a coordinator and without padding, from the same job file to step `last`."""
+def undisturbed_losses(job: dict[str, Any], park: Park, home: Path, last: int) -> dict[int, float]:
+    """Train `job`, a job file, alone to step `last` (no later than its last): without a coordinator and
+    without padding.  Its files go to `home`.  Raises FleetError if the run ends early."""
     import yaml
 
-    job = fleet.job()
-    job["train"]["step_delay_ms"] = 0
-    job["checkpoint"] = {"every_steps": fleet.steps, "dir": str(fleet.home / "alone")}
-    path = fleet.home / "alone.yaml"
-    path.write_text(yaml.safe_dump(job), encoding="utf-8")
-    trace = StepTrace(fleet.home / "alone-steps")
+    alone = {**job, "train": {**job["train"], "step_delay_ms": 0}}
+    alone["checkpoint"] = {"every_steps": job["train"]["steps"], "dir": str(home / "alone")}
+    path = home / "alone.yaml"
+    path.write_text(yaml.safe_dump(alone), encoding="utf-8")
+    trace = StepTrace(home / "alone-steps")
     try:
         environment = {
             "PYTHONPATH": str(REPOSITORY),
             "OMP_NUM_THREADS": "1",
             "MUSTER_STEP_TRACE": str(trace.path),
         }
-        process = fleet.park.start("alone", [sys.executable, "-m", "trainer.train", str(path)], environment)
+        process = park.start("alone", [sys.executable, "-m", "trainer.train", str(path)], environment)
         reached = trace.wait(
             lambda fresh: any(c.step >= last for c in fresh),
             120 + last,
@@ -183,7 +185,7 @@ def undisturbed_losses(fleet: Muster, last: int) -> dict[int, float]:
         process.kill()
         process.wait()
         if not reached:
-            raise FleetError(f"the undisturbed run ended early; its output:\n{fleet.park.log_tail('alone')}")
+            raise FleetError(f"the undisturbed run ended early; its output:\n{park.log_tail('alone')}")
         return losses(trace.commits())
     finally:
         trace.close()
@@ -215,7 +217,9 @@ def measure(shape: Shape, minutes: float, every_s: float, seed: int) -> list[Row
         lost = rolled_back(everything, lambda c: c.pid)
         for member in list(fleet.members):
             fleet.remove(member)
-        error = largest_error(losses(everything), undisturbed_losses(fleet, last))
+        error = largest_error(
+            losses(everything), undisturbed_losses(fleet.job(), fleet.park, fleet.home, last)
+        )
     happened = ", ".join(f"{count} {kind}" for kind, count in sorted(storm.events.items()))
     case = f"every {every_s:g} s for {minutes:g} min"
     return [

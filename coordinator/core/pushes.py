@@ -111,14 +111,18 @@ def _listens(state: State, agent_id: AgentId) -> bool:
 
 def _plan_for(state: State, job: Job, agent: Agent) -> PushPlan | None:
     """The newest plan for whoever was in it, or in one before: without a place in it, one is released."""
-    if job.generation is None or agent.last_generation == 0 or agent.session_id is None:
+    generation = job.generation
+    if generation is None or agent.last_generation == 0 or agent.session_id is None:
         return None
-    restored = job.generation.from_checkpoint_step
+    if agent.agent_id in generation.gone and any(m.agent_id == agent.agent_id for m in generation.members):
+        # Out for good: it may not come late into a group whose others count on the state that it had.
+        return None
+    restored = generation.from_checkpoint_step
     found = next((c for c in job.checkpoints if c.step == restored), None)
     return PushPlan(
         agent_id=agent.agent_id,
         job_id=job.job_id,
-        generation=job.generation,
+        generation=generation,
         checkpoint_json=found.manifest_json if found is not None else "",
         lineage=job.lineage,
     )

@@ -25,11 +25,14 @@ import grpc
 import psutil
 import yaml
 
+from bench.processes import Park
 from protos import admin_pb2, admin_pb2_grpc, agent_pb2
 from protos.wire import Identity, channel
 
 BIN = Path(sys.executable).parent
 LIMIT_S = 120.0
+CALL_S = 60.0
+"""Of one call: a busy machine's coordinator takes its time."""
 
 
 def environment() -> dict[str, str]:
@@ -63,10 +66,22 @@ class Fleet:
     lease: str = "2s"
     blobs: dict[str, Any] = field(default_factory=dict)
     """The section `blobs` of coordinator.yaml."""
+    timing: dict[str, str] = field(default_factory=dict)
+    """The section `timing`."""
+    host: str = "127.0.0.1"
+    """Where the coordinator listens."""
+    inside: tuple[str, ...] = ()
+    """What the coordinator's command is given to, such as `ip netns exec NAME`."""
+    variables: dict[str, str] = field(default_factory=dict)
+    """Added to every process's environment."""
     agents: dict[str, AgentProcess] = field(default_factory=dict)
     coordinator: subprocess.Popen[bytes] | None = None
     addresses: dict[str, str] = field(default_factory=dict)
     events: list[admin_pb2.Event] = field(default_factory=list)
+    park: Park = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.park = Park(self.root)
 
     @property
     def home(self) -> Path:
@@ -82,14 +97,7 @@ class Fleet:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for agent in self.agents.values():
-            agent.process.kill()
-        if self.coordinator is not None:
-            self.coordinator.kill()
-        for agent in self.agents.values():
-            agent.process.wait()
-        if self.coordinator is not None:
-            self.coordinator.wait()
+        self.park.close()
         if error is not None:
             for log in sorted(self.root.glob("*.log")):
                 sys.stderr.write(f"----- {log.name}\n{log.read_text(errors='replace')[-4000:]}\n")
@@ -98,18 +106,14 @@ class Fleet:
 
     def start_coordinator(self, ports: dict[str, str] | None) -> None:
         """Start `musterd serve`, on free ports or, at a restart, on those it had."""
-        ports = ports or {"main": "127.0.0.1:0", "enroll": "127.0.0.1:0", "metrics": "127.0.0.1:0"}
+        ports = ports or dict.fromkeys(("main", "enroll", "metrics"), f"{self.host}:0")
         config = self.root / "coordinator.yaml"
-        config.write_text(yaml.safe_dump({"listen": ports, "lease": self.lease, "blobs": self.blobs}))
+        settings = {"listen": ports, "lease": self.lease, "blobs": self.blobs, "timing": self.timing}
+        config.write_text(yaml.safe_dump(settings))
         ready = self.home / "run" / "addresses.json"
         ready.unlink(missing_ok=True)
-        with (self.root / "coordinator.log").open("ab") as log:
-            self.coordinator = subprocess.Popen(
-                [BIN / "musterd", "serve", "--config", config, "--home", self.home],
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                env=environment(),
-            )
+        argv = [str(BIN / "musterd"), "serve", "--config", str(config), "--home", str(self.home)]
+        self.coordinator = self.park.start("coordinator", [*self.inside, *argv], self._environment())
         wait_until(ready.exists, "musterd to serve", process=self.coordinator)
         self.addresses = json.loads(ready.read_text())
 
@@ -118,29 +122,24 @@ class Fleet:
         self.coordinator.kill()
         self.coordinator.wait()
 
-    def start_agent(self, name: str, *arguments: str) -> AgentProcess:
+    def start_agent(self, name: str, *arguments: str, inside: tuple[str, ...] = ()) -> AgentProcess:
+        """Start an agent, or start it again: then it keeps the identity and the cache in its home."""
+        token = (
+            self.admin().CreateToken(admin_pb2.CreateTokenRequest(ttl_s=3600, uses=1), timeout=CALL_S).token
+        )
+        return self.launch(name, token, *arguments, inside=inside)
+
+    def launch(self, name: str, token: str, *arguments: str, inside: tuple[str, ...] = ()) -> AgentProcess:
+        """`start_agent` with a token, for when the coordinator may be away."""
         home = self.root / name
-        token = self.admin().CreateToken(admin_pb2.CreateTokenRequest(ttl_s=3600, uses=1), timeout=10).token
-        with (self.root / f"{name}.log").open("ab") as log:
-            process = subprocess.Popen(
-                [
-                    BIN / "muster-agent",
-                    "join",
-                    "--token",
-                    token,
-                    "--home",
-                    home,
-                    "--name",
-                    name,
-                    *arguments,
-                    self.addresses["enroll"],
-                ],
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                env=environment(),
-            )
+        argv = [str(BIN / "muster-agent"), "join", "--token", token, "--home", str(home), "--name", name]
+        argv += [*arguments, self.addresses["enroll"]]
+        process = self.park.start(name, [*inside, *argv], self._environment())
         self.agents[name] = AgentProcess(name=name, home=home, process=process)
         return self.agents[name]
+
+    def _environment(self) -> dict[str, str]:
+        return {**environment(), **self.variables}
 
     # ------------------------------------------------------------------ the operator's side
 
@@ -173,14 +172,14 @@ class Fleet:
         return job
 
     def job(self, job: str) -> dict[str, Any]:
-        view: dict[str, Any] = json.loads(self.admin().GetJob(admin_pb2.JobRef(job=job), timeout=10).json)
+        view: dict[str, Any] = json.loads(self.admin().GetJob(admin_pb2.JobRef(job=job), timeout=CALL_S).json)
         return view
 
     def steps(self, job: str) -> list[agent_pb2.StepRecord]:
         """The committed step log as it is now."""
         return [
             step
-            for reply in self.admin().Steps(admin_pb2.StepsRequest(job=job), timeout=30)
+            for reply in self.admin().Steps(admin_pb2.StepsRequest(job=job), timeout=CALL_S)
             for step in reply.steps
         ]
 

@@ -85,6 +85,7 @@ class Totals:
     steps: int = 0
     generations: int = 0
     recovery_ms: list[int] = field(default_factory=list)
+    slowest: tuple[int, int] = (0, 0)  # ms, and the seed
     injected: Counter[str] = field(default_factory=Counter)
     refusals: Counter[str] = field(default_factory=Counter)
     failed: list[Result] = field(default_factory=list)
@@ -95,6 +96,7 @@ class Totals:
         self.steps += result.steps
         self.generations += result.generations
         self.recovery_ms += result.recovery_ms
+        self.slowest = max(self.slowest, (max(result.recovery_ms, default=0), result.seed))
         self.injected += result.injected
         self.refusals += result.refusals
         if result.problem is not None:
@@ -135,7 +137,7 @@ def _many(options: argparse.Namespace) -> int:
         slowest = sorted(totals.recovery_ms)
         print(
             f"from the last fault to training again: median {statistics.median(slowest) / 1000:.1f} s, "
-            f"99 % within {slowest[len(slowest) * 99 // 100] / 1000:.1f} s, slowest {slowest[-1] / 1000:.1f} s"
+            f"99 % within {slowest[len(slowest) * 99 // 100] / 1000:.1f} s, slowest {slowest[-1] / 1000:.1f} s (seed {totals.slowest[1]})"
         )
     print("faults: " + ", ".join(f"{kind} {count}" for kind, count in sorted(totals.injected.items())))
     print("refusals: " + ", ".join(f"{kind} {count}" for kind, count in sorted(totals.refusals.items())))
