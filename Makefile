@@ -70,6 +70,7 @@ sim: $(VENV)/installed-dev
 MINUTES ?= 60
 SEED    ?= 1
 chaos: $(VENV)/installed-dev
+	$(BIN)/python -m pytest -m long tests/chaos
 	$(BIN)/python -m tests.chaos --minutes $(MINUTES) --seed $(SEED)
 
 clean:

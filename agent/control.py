@@ -12,7 +12,7 @@ import os
 import socket
 import struct
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar, get_type_hints
 
@@ -151,6 +151,7 @@ class Failed:
     kind: str
     detail: str
     step: int
+    unreachable: list[int] = field(default_factory=list)  # ranks that it could not reach while forming
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -189,6 +190,8 @@ def decode(line: bytes) -> Up:
         raise ControlError(f"control line has no known type: {line[:80]!r}; known are {', '.join(_UP)}")
     values: dict[str, Any] = {}
     for part in fields(kind):
+        if part.name not in raw and part.default_factory is not MISSING:
+            continue
         value = raw.get(part.name)
         wanted = _HINTS[kind.type][part.name]
         match wanted:
@@ -205,6 +208,9 @@ def decode(line: bytes) -> Up:
                 pass
             case _ if wanted == dict[str, Any] and isinstance(value, dict):
                 pass
+            case _ if wanted == list[int] and isinstance(value, list):
+                if not all(type(item) is int for item in value):
+                    raise ControlError(f"control message {kind.type!r}: field {part.name!r} is {value!r:.80}")
             case _:
                 raise ControlError(f"control message {kind.type!r}: field {part.name!r} is {value!r:.80}")
         values[part.name] = value

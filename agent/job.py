@@ -14,7 +14,7 @@ import re
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -27,6 +27,7 @@ from agent.errors import BlobError
 from agent.home import Home, JobFiles, write_atomically
 from agent.ledger import Ledger
 from agent.lobby import Lobby
+from agent.network import reachable
 from agent.output import Output
 from agent.workers import Cause, Exit, Worker
 from protos import agent_pb2, wire
@@ -44,6 +45,9 @@ STEADY_S = 5.0  # a worker that lived this long in a generation is not crash-loo
 LONGEST_DELAY_S = 60.0
 FETCHES_AT_ONCE = 4
 CHECKPOINTS_KEPT = 2
+REACH_S = 2.0  # a connection to a peer that takes longer counts as none
+LONGEST_REACH_S = 5.0
+REACH_PATIENCE_S = 30.0
 
 _CAUSES = {
     Cause.KILLED: agent_pb2.FAILURE_KIND_KILLED,
@@ -493,7 +497,10 @@ class JobRun:
 
     def _failed(self, slot: Slot, message: control.Failed) -> None:
         kind = _KINDS.get(message.kind, agent_pb2.FAILURE_KIND_PROGRAM)
-        self._report(kind, message.detail, generation=message.generation, step=message.step)
+        unreachable = self._agents_of(message.unreachable, message.generation)
+        self._report(
+            kind, message.detail, generation=message.generation, step=message.step, unreachable=unreachable
+        )
         match message.kind:
             case "collective":
                 slot.excused = max(slot.excused, message.generation)
@@ -721,7 +728,26 @@ class JobRun:
     def _tell(self, **body: Any) -> int:
         return self._send(agent_pb2.AgentMessage(**body))
 
-    def _report(self, kind: int, detail: str, *, generation: int | None = None, step: int = 0) -> None:
+    def _agents_of(self, ranks: list[int], generation: int) -> list[str]:
+        """The members of the newest plan that have these ranks."""
+        if self._plan is None or self._plan.generation != generation or not ranks:
+            return []
+        missed = set(ranks)
+        return [
+            member.agent_id
+            for member in self._plan.members
+            if missed.intersection(range(member.first_rank, member.first_rank + member.worker_count))
+        ]
+
+    def _report(
+        self,
+        kind: int,
+        detail: str,
+        *,
+        generation: int | None = None,
+        step: int = 0,
+        unreachable: Sequence[str] = (),
+    ) -> None:
         message = agent_pb2.AgentMessage(
             failed=agent_pb2.WorkerFailed(
                 job_id=self.job_id,
@@ -729,6 +755,7 @@ class JobRun:
                 kind=kind,  # type: ignore[arg-type]
                 detail=detail[:4096],
                 step=step,
+                unreachable=unreachable,
             )
         )
         self._evidence.append(Evidence(message=message, mark=self._send(message)))
@@ -845,6 +872,7 @@ class JobRun:
             if not self.lobby.pids or not self._connected():
                 continue
             port = await asyncio.to_thread(self._seat.fresh_port)
+            await self._reach_peers()
             if not self.lobby.pids:
                 continue
             holding = [slot for slot in self._slots.values() if slot.step is not None]
@@ -861,6 +889,22 @@ class JobRun:
                     generation=best.formed.generation if best is not None and best.formed is not None else 0,
                 )
             )
+
+    async def _reach_peers(self) -> None:
+        """Let out of a generation: its leader's store has to be within reach before we ask to come in again.
+        Otherwise every try would cost the others a pause, to find that they cannot reach us.  Not for ever:
+        that leader may be gone, and the others may wait for us."""
+        delay_s, until_s = 0.5, time.monotonic() + REACH_PATIENCE_S
+        while (plan := self._plan) is not None and self._released and plan.members:
+            if await reachable(plan.store_host, plan.store_port, REACH_S) or time.monotonic() > until_s:
+                break
+            self.problem = f"no connection to {plan.store_host}, where generation {plan.generation} is led"
+            log.warning("job.unreachable", job=self.job_id, host=plan.store_host, port=plan.store_port)
+            await asyncio.sleep(delay_s * random.uniform(0.5, 1.0))
+            delay_s = min(delay_s * 2, LONGEST_REACH_S)
+        else:
+            return
+        self.problem = ""
 
     # ------------------------------------------------------------------ what others see
 

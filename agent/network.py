@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import socket
 
 import psutil
@@ -51,3 +52,16 @@ def interface_of(address: str) -> str | None:
         if any(str(entry.address).split("%")[0] in numbers for entry in addresses):
             return name
     return None
+
+
+async def reachable(host: str, port: int, timeout_s: float) -> bool:
+    """Whether packets pass to the host and back: it accepts a connection, or refuses one."""
+    try:
+        async with asyncio.timeout(timeout_s):
+            _, writer = await asyncio.open_connection(host, port)
+    except ConnectionRefusedError:
+        return True
+    except OSError:  # TimeoutError too
+        return False
+    writer.close()
+    return True

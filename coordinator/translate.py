@@ -10,6 +10,7 @@ import itertools
 import json
 import math
 import re
+from collections.abc import Collection
 from typing import Any, assert_never
 
 from coordinator.blobs import DIGEST
@@ -123,6 +124,15 @@ def _matching(value: str, field: str, pattern: re.Pattern[str], expected: str) -
 
 def _job(value: str, field: str) -> JobId:
     return JobId(_text(value, field, 64, least=1))
+
+
+MOST_AGENTS = 1_024  # of a generation
+
+
+def _unreachable(values: Collection[str]) -> tuple[AgentId, ...]:
+    if len(values) > MOST_AGENTS:
+        raise MalformedError(f"failed.unreachable: {len(values)} agents; expected at most {MOST_AGENTS}")
+    return tuple(AgentId(_text(value, "failed.unreachable", 64, least=1)) for value in values)
 
 
 def digest(value: str, field: str = "digest") -> str:
@@ -535,6 +545,7 @@ def report(message: agent_pb2.AgentMessage, agent_id: AgentId) -> Event:
                 kind=_FAILURES[failed.kind],
                 detail=_text(failed.detail, "failed.detail", 4_096, kept="\n\t"),
                 step=_whole(failed.step, "failed.step"),
+                unreachable=_unreachable(failed.unreachable),
             )
         case "finished":
             finished = message.finished

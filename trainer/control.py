@@ -154,6 +154,8 @@ class Failed:
     kind: FailureKind
     detail: str
     step: int
+    unreachable: list[int] = field(default_factory=list)
+    """Ranks that could not be reached while the generation formed."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

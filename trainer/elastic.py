@@ -239,6 +239,7 @@ class ElasticGroup:
                 self._asked_checkpoint = True
             case control.Ping():
                 activity, since = self._activity
+                self._check_peers(activity, since)
                 self._link.send(
                     control.Pong(
                         sequence=message.sequence,
@@ -252,6 +253,14 @@ class ElasticGroup:
                     self._stopped = True
                 else:
                     control.leave(0)
+
+    def _check_peers(self, activity: control.Activity, since: float) -> None:
+        """Do not wait for a peer that nothing reaches: the collective's own timeout may be far away."""
+        group, plan = self._group, self._plan
+        if group is None or plan is None or activity not in {"forming", "reducing"}:
+            return
+        if time.monotonic() - since > plan.timeout_s and (silent := group.silent_peers(plan.timeout_s)):
+            group.give_up(f"nothing reaches {', '.join(silent)} since {plan.timeout_s:g} s")
 
     def leave_after_step(self) -> None:
         """Checkpoint after the step in hand on every rank and end the loop; for a signal handler."""
@@ -317,7 +326,7 @@ class ElasticGroup:
             loss.backward()  # type: ignore[no-untyped-call]
         except RuntimeError:
             if group.failure is not None and not group.aborted:
-                self._lose(CollectiveFailed(group.failure))
+                self._lose(group.broken or CollectiveFailed(group.failure))
             elif group.aborted:
                 self._lose(Interrupted("the step in flight was dropped"))
             else:
@@ -512,13 +521,20 @@ class ElasticGroup:
             self._left = (group.rank, group.world_size)
             self._graveyard.bury(group)
 
-    def _fail(self, kind: control.FailureKind, detail: str, step: int | None = None) -> None:
+    def _fail(
+        self,
+        kind: control.FailureKind,
+        detail: str,
+        step: int | None = None,
+        unreachable: tuple[int, ...] = (),
+    ) -> None:
         self._link.send(
             control.Failed(
                 generation=self._generation,
                 kind=kind,
                 detail=detail[: control.MAX_DETAIL_CHARS],
                 step=self.step if step is None else step,
+                unreachable=list(unreachable),
             )
         )
 
@@ -555,7 +571,7 @@ class ElasticGroup:
                 with self._bell:
                     told = self._newer_plan() or self._aborted >= plan.generation
                 if not told:
-                    self._fail("collective", str(error))
+                    self._fail("collective", str(error), unreachable=error.unreachable)
             except _Lost:
                 self._end_generation()
             else:

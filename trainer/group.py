@@ -26,6 +26,8 @@ from torch import distributed as dist
 from torch._C._distributed_c10d import HashStore, PrefixStore, Store, TCPStore
 from torch.futures import Future
 
+from trainer import links
+
 _POLL_S = 1e-4
 """How often the device is asked whether a collective has ended."""
 _BROKEN_S = 0.05
@@ -41,7 +43,13 @@ class Interrupted(Exception):
 
 
 class CollectiveFailed(Exception):
-    """A collective, or the forming of a group, failed: some peer is gone or unreachable."""
+    """A collective, or the forming of a group, failed: some peer is gone or unreachable.
+
+    `unreachable`: ranks that did not come to the generation's store while the group formed."""
+
+    def __init__(self, detail: str, unreachable: tuple[int, ...] = ()) -> None:
+        super().__init__(detail)
+        self.unreachable = unreachable
 
 
 @cache
@@ -129,12 +137,16 @@ class Group:
         device: torch.device,
         bell: Bell,
         process_group: dist.ProcessGroup | None,
+        older: frozenset[str] = frozenset(),
     ) -> None:
+        """`older`: connections that were there before, of groups that may still wait for a peer that is gone."""
         self.generation = generation
         self.rank = rank
         self.world_size = world_size
         self.device = device
         self.aborted = False
+        self.broken: CollectiveFailed | None = None
+        self._older = older
         self._bell = bell
         self._waits = _Waits(bell)
         self._process_group = process_group
@@ -144,7 +156,7 @@ class Group:
     @property
     def failure(self) -> str | None:
         """Why a gradient's all-reduce failed, when one did."""
-        return self._waits.failure
+        return self._waits.failure or (str(self.broken) if self.broken is not None else None)
 
     # -------------------------------------------------------------------------- collectives
 
@@ -176,16 +188,16 @@ class Group:
         passed = torch.cuda.Event()  # type: ignore[no-untyped-call]
         passed.record(torch.cuda.current_stream(self.device))
         ended_at = math.inf
-        while not passed.query() and not self.aborted:  # type: ignore[no-untyped-call]
+        while not passed.query() and self._over() is None:  # type: ignore[no-untyped-call]
             # Besides asking for the end of the kernel this asks NCCL for errors, and counts them as an end.
             if ended_at == math.inf and work.is_completed():
                 ended_at = time.monotonic()
             if time.monotonic() - ended_at > _BROKEN_S:
                 raise CollectiveFailed("NCCL: the connection to a peer broke")
             time.sleep(_POLL_S)
-        if self.aborted:
+        if self._over() is not None:
             torch.cuda.current_stream(self.device).synchronize()  # the abort ends its kernels
-            raise Interrupted(f"generation {self.generation} was superseded")
+            self._go_on()
 
     def exchange(self, row: list[int]) -> list[list[int]]:
         """Every rank's row of int64 numbers, in rank order.  All rows have one length."""
@@ -205,9 +217,9 @@ class Group:
         result: Future[Tensor] = promise.then(_kept)
         with self._bell:
             waits.promises.add(promise)
-            aborted = self.aborted
-        if aborted:
-            waits.keep(promise, Interrupted(f"generation {self.generation} was superseded"))
+            over = self._over()
+        if over is not None:
+            waits.keep(promise, over)
             return result
         try:
             future = self._start(lambda group: group.allreduce([tensor]))
@@ -229,19 +241,28 @@ class Group:
         future.add_done_callback(deliver)
         return result
 
+    def _over(self) -> Interrupted | CollectiveFailed | None:
+        """Why nothing is waited for in this group any more, if so."""
+        if self.aborted:
+            return Interrupted(f"generation {self.generation} was superseded")
+        return self.broken
+
+    def _go_on(self) -> None:
+        if (over := self._over()) is not None:
+            raise over
+
     def _run(self, start: Callable[[dist.ProcessGroup], dist.Work]) -> None:
         if self._process_group is None:
             return
-        if self.aborted:
-            raise Interrupted(f"generation {self.generation} was superseded")
+        self._go_on()
         future = self._start(start)
         if self.device.type == "cuda":
             future.wait()  # orders the streams; the host does not wait
             return
         with self._bell:
-            self._bell.wait_for(lambda: future.done() or self.aborted)
+            self._bell.wait_for(lambda: future.done() or self._over() is not None)
         if not future.done():
-            raise Interrupted(f"generation {self.generation} was superseded")
+            self._go_on()
         try:
             future.value()
         except RuntimeError as error:
@@ -275,7 +296,28 @@ class Group:
             self._bell.notify_all()
         for promise in promises:
             waits.keep(promise, Interrupted(f"generation {self.generation} was superseded"))
-        if self.device.type == "cuda" and self._process_group is not None:
+        self._end_kernels()
+
+    def silent_peers(self, seconds: float) -> list[str]:
+        """Addresses of peers whose machines have acknowledged nothing for so long."""
+        return links.silent_peers(seconds, self._older)
+
+    def give_up(self, detail: str) -> None:
+        """End every wait in this group as if its collectives had failed, from any thread."""
+        error = CollectiveFailed(detail)
+        with self._bell:
+            if self.aborted or self.broken is not None:
+                return
+            self.broken = error
+            waits = self._waits
+            promises = list(waits.promises)
+            self._bell.notify_all()
+        for promise in promises:
+            waits.keep(promise, error)
+        self._end_kernels()
+
+    def _end_kernels(self) -> None:
+        if self.device.type == "cuda" and self._process_group is not None and self._aborting is None:
             # On a thread: the kernels end at once, but the call takes half a second, and the caller may be
             # the listener, whom the next plan is waiting for.
             self._aborting = threading.Thread(target=_abort, args=(self._process_group,), daemon=True)
@@ -368,7 +410,8 @@ def form(
     """Connect to the generation's peers.
 
     Raise Interrupted as soon as `superseded` says so (asked whenever the bell rings), CollectiveFailed if
-    a peer cannot be reached within `timeout_s`.  An abandoned attempt goes on alone until its own timeout;
+    a peer cannot be reached within `timeout_s`: each rank signs the store's roll, and who has not is
+    unreachable, or the leader if its store is.  An abandoned attempt goes on alone until its own timeout;
     what it makes is closed at once, so that peers who did connect notice.
     """
 
@@ -380,25 +423,25 @@ def form(
             device=device,
             bell=bell,
             process_group=process_group,
+            older=older,
         )
 
+    older = links.connections()
     if world_size == 1:
         return group(None)
     outcome: list[dist.ProcessGroup | Exception] = []
     abandoned = False
+    roll_call_s = min(1.0, timeout_s / 8)
+    connect_s = timeout_s - roll_call_s
 
     def connect() -> None:
         result: dist.ProcessGroup | Exception
         try:
-            store = TCPStore(
-                store_host,
-                store_port,
-                is_master=False,
-                wait_for_workers=False,
-                timeout=timedelta(seconds=timeout_s),
-            )
-            prefix = PrefixStore(f"generation{generation}", store)
-            result = _make(prefix, rank, world_size, device, timeout_s, collective_timeout_s)
+            since_s = time.monotonic()
+            prefix = _store(store_host, store_port, generation, connect_s)
+            prefix.append("roll", f"{rank} ")  # type: ignore[attr-defined]  # it has one
+            left_s = max(0.1, connect_s - (time.monotonic() - since_s))
+            result = _make(prefix, rank, world_size, device, left_s, collective_timeout_s)
         except (RuntimeError, ValueError) as error:  # torch's DistError is a RuntimeError
             result = CollectiveFailed(_first_line(error))
         with bell:
@@ -408,14 +451,35 @@ def form(
 
     threading.Thread(target=connect, name=f"form-{generation}", daemon=True).start()
     with bell:
-        bell.wait_for(lambda: bool(outcome) or superseded(), timeout=timeout_s + 1.0)
+        # A little more than the attempt allows itself: its own message says more.
+        bell.wait_for(lambda: bool(outcome) or superseded(), timeout=timeout_s)
         if not outcome:
             abandoned = True
-    if not outcome:
-        if superseded():
-            raise Interrupted(f"generation {generation} was superseded while it formed")
-        raise CollectiveFailed(f"generation {generation}: no answer from a peer within {timeout_s:g} s")
-    result = outcome[0]
+    if not outcome and superseded():
+        raise Interrupted(f"generation {generation} was superseded while it formed")
+    result = outcome[0] if outcome else Exception(f"no answer from a peer within {timeout_s:g} s")
     if isinstance(result, Exception):
-        raise CollectiveFailed(f"generation {generation}: {result}")
+        absent = _absent(store_host, store_port, generation, rank, world_size, roll_call_s)
+        missing = f"; unreachable: rank {', '.join(map(str, absent))}" if absent else ""
+        raise CollectiveFailed(f"generation {generation}: {result}{missing}", absent)
     return group(result)
+
+
+def _store(host: str, port: int, generation: int, timeout_s: float) -> Store:
+    store = TCPStore(
+        host, port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=timeout_s)
+    )
+    return PrefixStore(f"generation{generation}", store)
+
+
+def _absent(
+    host: str, port: int, generation: int, rank: int, world_size: int, timeout_s: float
+) -> tuple[int, ...]:
+    """Who has not signed the roll; rank 0, if its store does not answer."""
+    try:
+        # Over a connection of its own: the attempt may still be waiting on the other.
+        store = _store(host, port, generation, timeout_s)
+        here = {int(other) for other in store.get("roll").split()}
+        return tuple(other for other in range(world_size) if other not in here)
+    except RuntimeError:
+        return (0,) if rank else ()

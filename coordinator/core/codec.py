@@ -331,7 +331,8 @@ def describe(record: Record) -> str:
             evidence = record.evidence.value
             return f"generation {record.generation} lost agent {record.agent_id}: {evidence}{_because(record.detail)}"
         case CollectiveFailed():
-            return f"a collective of generation {record.generation} failed at agent {record.agent_id}"
+            others = f", which could not reach {', '.join(record.unreachable)}" if record.unreachable else ""
+            return f"a collective of generation {record.generation} failed at agent {record.agent_id}{others}"
         case StatesDiffered():
             return (
                 f"members of generation {record.generation} hold different states after step {record.step}, "

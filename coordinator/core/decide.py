@@ -588,9 +588,15 @@ def _collective(now_ms: int, job: Job, event: WorkerFailedReceived) -> Decision:
         return _not_member(event.agent_id, generation)
     if event.agent_id in generation.collective_failed:
         return Decision()
+    forming = generation.formed_ms is None and event.generation == generation.number
+    peers = {m.agent_id for m in generation.members if m.agent_id != event.agent_id} if forming else set()
     return _accept(
         CollectiveFailed(
-            at_ms=now_ms, job_id=job.job_id, generation=generation.number, agent_id=event.agent_id
+            at_ms=now_ms,
+            job_id=job.job_id,
+            generation=generation.number,
+            agent_id=event.agent_id,
+            unreachable=tuple(dict.fromkeys(a for a in event.unreachable if a in peers)),
         )
     )
 

@@ -225,12 +225,17 @@ def evolve(state: State, record: Record) -> None:
         case CollectiveFailed() | StatesDiffered():
             job, generation = _generation(state, record.job_id)
             first_ms = generation.collective_failed_ms
+            missed = record.unreachable if isinstance(record, CollectiveFailed) else ()
             _set_generation(
                 state,
                 job,
                 replace(
                     generation,
                     collective_failed=(*generation.collective_failed, record.agent_id),
+                    unreachable=(
+                        *generation.unreachable,
+                        *((record.agent_id, other) for other in missed),
+                    ),
                     collective_failed_ms=record.at_ms if first_ms is None else first_ms,
                 ),
             )

@@ -7,6 +7,7 @@ and who serves which job, is decided elsewhere.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
@@ -188,6 +189,23 @@ def absent(state: State, job: Job) -> tuple[AgentId, ...]:
 def broken(state: State, job: Job) -> bool:
     """Whether the newest generation has lost someone that it needs."""
     return bool(absent(state, job))
+
+
+def cut_off(generation: Generation) -> tuple[AgentId, ...]:
+    """Members whom more than half of the others could not reach while the generation formed: the one that
+    most could not reach is left out, of equals the most junior, and then the others are asked again.  One
+    that lies about a peer is not enough, but for a world of two."""
+    rank = {member.agent_id: member.group_rank for member in generation.members}
+    links = set(generation.unreachable)
+    out: list[AgentId] = []
+    while links:
+        missed = Counter(whom for _, whom in links)
+        worst = max(missed, key=lambda agent_id: (missed[agent_id], rank[agent_id]))
+        if 2 * missed[worst] <= len(rank) - len(out) - 1:
+            break
+        out.append(worst)
+        links = {link for link in links if worst not in link}
+    return tuple(out)
 
 
 def joiners(state: State, job: Job) -> tuple[AgentId, ...]:

@@ -361,6 +361,8 @@ class Generation:
     # (peer evidence) members that reported a failed collective in this generation
     collective_failed: tuple[AgentId, ...] = ()
     collective_failed_ms: int | None = None
+    unreachable: tuple[tuple[AgentId, AgentId], ...] = ()
+    """(who, whom): who could not reach whom while this generation formed."""
 
     @property
     def world_size(self) -> int:
@@ -594,6 +596,8 @@ class WorkerFailedReceived:
     kind: FailureKind
     detail: str
     step: int
+    unreachable: tuple[AgentId, ...] = ()
+    """With a failed collective, while a generation forms: members that its workers could not reach."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -977,6 +981,7 @@ class CollectiveFailed:
     job_id: JobId
     generation: int
     agent_id: AgentId
+    unreachable: tuple[AgentId, ...] = ()  # members that it could not reach, while the generation formed
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -254,7 +254,7 @@ def _not_formed(state: State, job: Job, now_ms: int) -> tuple[Record, ...]:
     waiting = [a for a in members if a in late]
     silent = [a for a in waiting if a not in generation.collective_failed]
     if waiting and not generation.formed and len(silent) in (0, len(members)):
-        silent = waiting[:1]
+        silent = [*forming.cut_off(generation)] or waiting[:1]
     late = (*(silent or waiting), *(a for a in late if a not in members))
     records: list[Record] = []
     for agent_id in late:
@@ -387,19 +387,21 @@ def _form(state: State, job: Job, now_ms: int) -> tuple[Record, ...]:
 
 
 def _again(state: State, job: Job, now_ms: int) -> tuple[Record, ...]:
-    """The same members failed to form twice in a row: try it without the leader, lest two that cannot
-    reach each other keep everybody waiting."""
+    """Members could not reach each other: try it without those who are cut off.  The same members failed to
+    form twice in a row, and nobody says why: try it without the leader, lest everybody waits for ever."""
     generation = job.generation
-    if generation is None or generation.why is not Why.RETRY or generation.formed_ms is not None:
+    if generation is None or generation.formed_ms is not None or len(generation.members) < 2:
         return ()
-    if generation.collective_failed_ms is None or len(generation.members) < 2:
-        return ()
-    leader = generation.members[0].agent_id
-    detail = f"generation {generation.number} could not be formed with it as the leader"
-    return (
-        _member_lost(job, generation, leader, detail, now_ms),
-        *strikes.strike(state, now_ms, state.agents[leader], detail),
-    )
+    out = forming.cut_off(generation)
+    detail = f"its peers of generation {generation.number} could not reach it"
+    if not out and generation.why is Why.RETRY and generation.collective_failed_ms is not None:
+        out = (generation.members[0].agent_id,)
+        detail = f"generation {generation.number} could not be formed with it as the leader"
+    records: list[Record] = []
+    for agent_id in out:
+        records.append(_member_lost(job, generation, agent_id, detail, now_ms))
+        records += strikes.strike(state, now_ms, state.agents[agent_id], detail)
+    return tuple(records)
 
 
 def _surplus(state: State, job: Job, now_ms: int) -> tuple[Record, ...]:

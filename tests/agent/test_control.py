@@ -15,7 +15,14 @@ import pytest
 from agent import control
 from trainer import control as worker
 
-EXAMPLES: dict[object, object] = {int: 3, float: 0.5, str: "x", bool: True, dict[str, typing.Any]: {"a": 1}}
+EXAMPLES: dict[object, object] = {
+    int: 3,
+    float: 0.5,
+    str: "x",
+    bool: True,
+    dict[str, typing.Any]: {"a": 1},
+    list[int]: [0, 2],
+}
 
 
 def example(kind: type[typing.Any], /, **known: object) -> typing.Any:
@@ -54,6 +61,10 @@ def test_worker_reads_what_the_agent_writes(kind: type[typing.Any]) -> None:
         (b'{"type":"formed","generation":"1","step":1,"state_digest":"","healed":false}', "'generation'"),
         (b'{"type":"formed","generation":1,"step":1,"state_digest":""}', "'healed'"),
         (b'{"type":"released","generation":true}', "'generation'"),
+        (
+            b'{"type":"failed","generation":1,"kind":"collective","detail":"","step":1,"unreachable":["1"]}',
+            "'unreachable'",
+        ),
     ],
 )
 def test_lines_that_are_no_message_are_refused(line: bytes, words: str) -> None:

@@ -19,7 +19,7 @@ def test_a_fleet_under_random_blows_trains_what_an_undisturbed_run_trains(tmp_pa
     root.mkdir()
     assert len(os.fsencode(root)) < 80, "Unix socket paths are bounded"
     dataset = prepare(tmp_path / "dataset")
-    verdict = live(1, 20.0, root=root, config=job_of(dataset, 1, 3), dataset=dataset, agents=3, gap_s=2.0)
+    verdict = live(1, 15.0, root=root, config=job_of(dataset, 1, 3), dataset=dataset, agents=3, gap_s=2.0)
     assert verdict.problem == "", verdict
     assert sum(verdict.struck.values()) >= 5, verdict
     assert verdict.generations >= 2, verdict

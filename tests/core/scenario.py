@@ -15,6 +15,7 @@ One line is one command.  Agents, and jobs, have one-word names that are also th
                                             of its assignments
     agent a formed | released | finished | steps 1 5 | fails killed | shard 5 0/2
                                             all take `in G` for another generation
+    agent a fails collective misses b,c     it could not reach them
     operator pause | resume | stop | cancel | checkpoint | scale 1 2 [tiny]
     agent a evaluates 20 1.5                the loss on the held-out slices after a step
     operator pin 20 | unpin 20 | delete 20  a checkpoint of the job
@@ -325,9 +326,14 @@ class Scenario:
                 found = Evaluation(step=int(rest[0]), loss=float(rest[1]))
                 return EvaluationsReceived(**same, evaluations=(found,))
             case "fails":
-                at = int(rest[1]) if len(rest) > 1 else 0
+                missed = rest[rest.index("misses") + 1].split(",") if "misses" in rest else []
+                at = int(rest[1]) if len(rest) > 1 and not missed else 0
                 return WorkerFailedReceived(
-                    **same, kind=FailureKind(rest[0]), detail=f"{rest[0]} at {name}", step=at
+                    **same,
+                    kind=FailureKind(rest[0]),
+                    detail=f"{rest[0]} at {name}",
+                    step=at,
+                    unreachable=tuple(AgentId(other) for other in missed),
                 )
             case "finished":
                 return FinishedReceived(**same, step=int(rest[0]) if rest else job.committed_step)

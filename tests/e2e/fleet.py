@@ -172,8 +172,16 @@ class Fleet:
         return job
 
     def job(self, job: str) -> dict[str, Any]:
-        view: dict[str, Any] = json.loads(self.admin().GetJob(admin_pb2.JobRef(job=job), timeout=CALL_S).json)
-        return view
+        views: list[dict[str, Any]] = []
+
+        def asked(stub: admin_pb2_grpc.AdminServiceStub, limit_s: float) -> bool:
+            reference = admin_pb2.JobRef(job=job)
+            reply = stub.GetJob(reference, timeout=min(limit_s, CALL_S), wait_for_ready=True)
+            views.append(json.loads(reply.json))
+            return True
+
+        self._through_restarts(asked)
+        return views[-1]
 
     def steps(self, job: str) -> list[agent_pb2.StepRecord]:
         """The committed step log as it is now."""

@@ -62,6 +62,9 @@ STORES_KEPT = 4
 DRAIN_GRACE_MS = 15_000
 UNASSIGN_PATIENCE_MS = 3_000
 UPLOAD_PATIENCE_MS = 60_000
+REACH_MS = 2_000
+LONGEST_REACH_MS = 5_000
+REACH_PATIENCE_MS = 30_000
 
 LIE = "beef" * 8
 _PASSING = frozenset({Refusal.RATE_LIMITED, Refusal.NO_SPACE, Refusal.UNKNOWN_BLOB})
@@ -84,6 +87,7 @@ class Machine:
         self.cut_data = 0
         self.slow_ms = 0
         self.prepare_fails = 0
+        self.full = 0  # its disk, so many times over
         self.shunned = False  # nobody starts it again
         self.next_port = 0
         self.sessions: list[Session] = []  # also those that its agent gave up and the coordinator has not
@@ -528,6 +532,7 @@ class JobRun:
         self.stopping = False
         self.assignment = assignment
         self.readied = False  # has it ever said so?
+        self._plan: Generation | None = None
         self._leads = False
         self._backlog = 0
         self._began = 0
@@ -560,9 +565,9 @@ class JobRun:
 
     def _prepare(self, delay_ms: int) -> None:
         machine = self.process.machine
-        if machine.prepare_fails > 0 or not self.process.connected:
-            if machine.prepare_fails > 0:
-                machine.prepare_fails -= 1
+        if machine.prepare_fails > 0 or machine.full or not self.process.connected:
+            if machine.prepare_fails > 0 or machine.full:
+                machine.prepare_fails = max(0, machine.prepare_fails - 1)
                 self._report(FailureKind.PREPARE, "no space is left for the data")
             self._after(self.world.jittered(delay_ms), self._prepare, min(2 * delay_ms, LONGEST_RESTART_MS))
             return
@@ -721,7 +726,13 @@ class JobRun:
 
     def _failed(self, slot: Slot, message: control.Failed) -> None:
         kind = FailureKind(message.kind)
-        self._report(kind, message.detail, generation=message.generation, step=message.step)
+        self._report(
+            kind,
+            message.detail,
+            generation=message.generation,
+            step=message.step,
+            unreachable=self._agents_of(message.unreachable, message.generation),
+        )
         match kind:
             case FailureKind.COLLECTIVE:
                 slot.excused = max(slot.excused, message.generation)
@@ -751,7 +762,7 @@ class JobRun:
     def plan(self, plan: Generation, checkpoint_json: str, lineage: int) -> None:
         if plan.number <= self.generation or self.stopping:
             return
-        self.generation = plan.number
+        self.generation, self._plan = plan.number, plan
         self._evidence = [e for e in self._evidence if e.event.kind not in _OF_A_GENERATION]
         self._cancel_deadline()
         self._restoring += 1
@@ -884,6 +895,9 @@ class JobRun:
                 self.fleet.checks.unrestorable(lost)
                 self._report(FailureKind.RESTORE, f"shard {lost[0]} is damaged", step=step)
                 return
+            if machine.full:
+                self._report(FailureKind.RESTORE, "no space is left", step=step)
+                return
         self.process.restored[self.job_id, step] = manifest["state_digest"]
         machine.blobs.update(dict.fromkeys(digests))
         self._after(self.world.between(5, 200) if missing else 1, self._restored, plan, rank, number)
@@ -910,8 +924,24 @@ class JobRun:
 
     # ------------------------------------------------------------------------- telling the coordinator
 
+    def _agents_of(self, ranks: list[int], generation: int) -> tuple[AgentId, ...]:
+        if self._plan is None or self._plan.number != generation or not ranks:
+            return ()
+        missed = set(ranks)
+        return tuple(
+            m.agent_id
+            for m in self._plan.members
+            if missed.intersection(range(m.first_rank, m.first_rank + m.worker_count))
+        )
+
     def _report(
-        self, kind: FailureKind, detail: str, *, generation: int | None = None, step: int = 0
+        self,
+        kind: FailureKind,
+        detail: str,
+        *,
+        generation: int | None = None,
+        step: int = 0,
+        unreachable: tuple[AgentId, ...] = (),
     ) -> None:
         event = WorkerFailedReceived(
             agent_id=self.process.agent_id,
@@ -920,6 +950,7 @@ class JobRun:
             kind=kind,
             detail=detail,
             step=step,
+            unreachable=unreachable,
         )
         self._evidence.append(Evidence(event=event, mark=self.process.send(event)))
         del self._evidence[:-100]
@@ -1021,7 +1052,21 @@ class JobRun:
         self._announcing = self._announce_wanted = False
         if self._warm and self.process.connected:
             self._announcing = True
-            self._after(self.world.between(1, 5), self._announce)
+            self._after(self.world.between(1, 5), self._reach_peers, self.world.now_ms, 500)
+
+    def _reach_peers(self, since_ms: int, delay_ms: int) -> None:
+        plan = self._plan
+        if (
+            plan is not None
+            and self._released
+            and plan.members
+            and not self.fleet.reaches(self.process.machine, plan.store_host)
+            and self.world.now_ms - since_ms < REACH_PATIENCE_MS
+        ):
+            later_ms = min(2 * delay_ms, LONGEST_REACH_MS)
+            self._after(REACH_MS + self.world.jittered(delay_ms), self._reach_peers, since_ms, later_ms)
+        else:
+            self._announce()
 
     def _announce(self) -> None:
         self._announcing = False

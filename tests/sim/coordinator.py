@@ -196,6 +196,9 @@ class Coordinator:
             self.frozen = False
             if not self._queue:  # what waits at its sockets is read only after this
                 self._queue.appendleft(Ticket(None, Tick(), None, ()))
+            for ticket in self._queue:
+                if ticket.at_ms is None:
+                    ticket.at_ms = self._clock.now_ms()
             self._turn()
 
     # ------------------------------------------------------------------------- deciding

@@ -56,6 +56,8 @@ class Kind(enum.Enum):
     STOP_COORDINATOR = "stop coordinator"  # SIGSTOP
     DISK_FULL = "disk full"  # the journal's
     BLOBS_FULL = "blob disk full"
+    CUT_PAIR = "cut from one peer"
+    AGENT_DISK_FULL = "agent's disk full"
 
 
 WEIGHTS: dict[Kind, int] = dict.fromkeys(Kind, 4) | {

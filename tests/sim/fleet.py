@@ -43,7 +43,7 @@ from coordinator.core.model import (
     TokenAsked,
     TokenId,
 )
-from tests.sim.agent import Machine, Process
+from tests.sim.agent import REACH_PATIENCE_MS, Machine, Process
 from tests.sim.checks import Checks
 from tests.sim.coordinator import Coordinator
 from tests.sim.faults import Fault, Kind, make_faults
@@ -170,6 +170,7 @@ class Fleet:
         self.recovery_ms: list[int] = []
         self.other_starts: dict[str, None] = {}
         self._sides: dict[str, int] = {}
+        self._cut_pairs: Counter[tuple[str, str]] = Counter()
         self._incarnations = 0
         self._agents = 0
         self._groups: dict[tuple[str, int], Group] = {}
@@ -266,11 +267,20 @@ class Fleet:
         """Whether all of these reach each other."""
         if len(machines) > 1 and any(m.cut_data for m in machines):
             return False
+        if self._cut_pairs:
+            names = {m.name for m in machines}
+            if any(one in names and other in names for one, other in self._cut_pairs):
+                return False
         return len({self._sides.get(m.name, 0) for m in machines}) <= 1
+
+    def reaches(self, machine: Machine, name: str) -> bool:
+        """Whether packets pass between a machine and the one of this name, both ways."""
+        other = next(m for m in self.machines if m.name == name)
+        return machine is other or self.connected([machine, other])
 
     def look_calm(self) -> None:
         """Whether nobody is frozen or cut off, so that groups need not look."""
-        self.calm = not self._sides and not any(
+        self.calm = not (self._sides or self._cut_pairs) and not any(
             m.cut_data or (m.process is not None and self._frozen(m.process)) for m in self.machines
         )
 
@@ -313,6 +323,12 @@ class Fleet:
                 data = int(kind in (Kind.CUT_DATA, Kind.CUT_ALL))
                 machine.cut(up=up, down=down, data=data)
                 self.world.after(ms, self._uncut, machine, up, down, data)
+            case Kind.CUT_PAIR:
+                others = [m.name for m in self.machines if m is not machine]
+                pair = (machine.name, others[fault.number % len(others)])
+                self._cut_pairs[pair] += 1
+                self.look_calm()
+                self.world.after(ms, self._mend, pair)
             case Kind.SPLIT:
                 self._sides = {m.name: self.world.between(0, 1) for m in self.machines}
                 self.look_calm()
@@ -335,6 +351,9 @@ class Fleet:
                 if process is None or process.session is None:
                     return False
                 process._heard_ms -= ms
+            case Kind.AGENT_DISK_FULL:
+                machine.full += 1
+                self.world.after(ms, self._free_machine, machine)
             case Kind.NO_DATA:
                 machine.prepare_fails = 1 + fault.number % 2
             case Kind.BURST:
@@ -406,6 +425,10 @@ class Fleet:
     def _uncut(self, machine: Machine, up: int, down: int, data: int) -> None:
         if self._faulty:
             machine.cut(up=-up, down=-down, data=-data)
+
+    def _mend(self, pair: tuple[str, str]) -> None:
+        self._cut_pairs -= Counter([pair])  # which drops what comes to nothing
+        self.look_calm()
 
     def _unsplit(self) -> None:
         self._sides = {}
@@ -591,6 +614,9 @@ class Fleet:
     def _free_disk(self) -> None:
         self.coordinator.disk_full = False
 
+    def _free_machine(self, machine: Machine) -> None:
+        machine.full = max(0, machine.full - 1)
+
     def _free_blobs(self) -> None:
         self.coordinator.blobs_full = False
 
@@ -612,6 +638,7 @@ class Fleet:
                 and agent.standing is Standing.ELIGIBLE
                 and self.coordinator.sessions.get(agent.agent_id) is process.session
                 and process.connected
+                and not process.lies_ready  # nor is it believed where it would be right
                 and agent.readiness is not None
                 and agent.readiness.holds_state
                 and self._holds(process, step)
@@ -638,13 +665,14 @@ class Fleet:
         self._faulty = False
         self.world.tell("faults stop")
         self._sides = {}
+        self._cut_pairs.clear()
         self.coordinator.disk_full = self.coordinator.blobs_full = False
         self.coordinator.crash_at = None
         self.coordinator.thaw()
         self.coordinator.start()
         for machine in self.machines:
             machine.cut(up=-machine.cut_up, down=-machine.cut_down, data=-machine.cut_data)
-            machine.slow_ms = machine.prepare_fails = 0
+            machine.slow_ms = machine.prepare_fails = machine.full = 0
             if "clone" in machine.name:
                 self._end_clone(machine)
                 continue
@@ -680,6 +708,7 @@ class Fleet:
             + timing.grace_ms
             + 15_000  # a connection that is being tried, and the pause after it
             + 60_000  # the longest pause of a worker or a preparation that failed
+            + REACH_PATIENCE_MS
             + self.settings.warm_ms[1]
             + 3 * (timing.rebuild_timeout_ms + spec.step_timeout_ms)
             + training.collective_timeout_ms

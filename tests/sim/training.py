@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 CONTROL_MS = 2
 RETRY_MS = 50
+LONGEST_PING_MS = 7_500
 
 
 @functools.lru_cache(maxsize=65_536)
@@ -82,6 +83,7 @@ class Worker:
         self.idle = False
         # saving
         self.saved = (0, 0)  # step and generation of the newest snapshot
+        self.unsaved = False  # it could not be written
         self.writing_until_ms = 0
         self._up_ms = 0
         self._deferred: list[tuple[object, tuple[object, ...]]] = []
@@ -207,28 +209,35 @@ class Worker:
 
     def _not_connected(self, group: Group) -> None:
         if self.group is group and group.phase == "connecting":
-            self.lose(group, "no answer from a peer", told=self.aborted >= group.generation)
+            absent = group.absent(self)
+            told = self.aborted >= group.generation
+            self.lose(group, "no answer from a peer", told=told, unreachable=absent)
 
-    def lose(self, group: Group, detail: str, *, told: bool = False) -> None:
+    def lose(
+        self, group: Group, detail: str, *, told: bool = False, unreachable: list[int] | None = None
+    ) -> None:
         """A collective failed here."""
         if self.group is not group or group.phase == "finished":
             return
         group.leave(self, "failed")
         if not told and not self.newer_plan() and self.aborted < group.generation:
-            self.fail("collective", detail)
+            self.fail("collective", detail, unreachable=unreachable)
         self.rest()
 
     def end_generation(self, group: Group) -> None:
         self.left = (group.rank_of(self), group.world_size)
         self.rest()
 
-    def fail(self, kind: str, detail: str, step: int | None = None) -> None:
+    def fail(
+        self, kind: str, detail: str, step: int | None = None, unreachable: list[int] | None = None
+    ) -> None:
         self.tell(
             control.Failed(
                 generation=self.generation,
                 kind=kind,
                 detail=detail,
                 step=self.step if step is None else step,
+                unreachable=unreachable or [],
             )
         )
 
@@ -306,7 +315,7 @@ class Worker:
 
     def take_checkpoint(self, generation: int, rank: int, world_size: int) -> None:
         """This rank's shards of the state as it is now, written beside training."""
-        self.saved = (self.step, generation)
+        self.saved, self.unsaved = (self.step, generation), False
         count = self.training.shards
         begin_ms = max(self.world.now_ms, self.writing_until_ms)
         self.writing_until_ms = begin_ms + self.world.between(20, 200)
@@ -327,6 +336,9 @@ class Worker:
         self.later(self.writing_until_ms - self.world.now_ms, self._written, mine)
 
     def _written(self, shards: list[control.Shard]) -> None:
+        if self.process.machine.full:
+            self.unsaved = True
+            return
         for shard in shards:
             self.process.machine.blobs[shard.digest] = None
             self.tell(shard)
@@ -338,7 +350,9 @@ class Worker:
         self.later(wait_ms, self._finished, group)
 
     def _finished(self, group: Group) -> None:
-        if self.group is group:
+        if self.group is group and self.unsaved:
+            self.fail("program", "the last checkpoint cannot be written: no space is left")
+        elif self.group is group:
             self.tell(control.Finished(generation=group.generation, step=self.step))
 
 
@@ -368,10 +382,12 @@ class Group:
         self.workers: dict[int, Worker] = {}  # by rank, in order of arrival until connected
         self.step = 0
         self.asked_checkpoint = False
+        self._arrived: dict[int, Worker] = {}  # whoever came, also who has left since
         self._ranks: dict[Worker, int] = {}
         self._leaving = False
         self._leaving_next = False
         self._stalled_ms: int | None = None
+        self._silence_ms = 0
         self._failing = False
         self._vote: Outcome | None = None
 
@@ -385,7 +401,7 @@ class Group:
         assert plan.rank not in self.workers, f"two workers have rank {plan.rank} in one generation"
         if self.phase != "connecting":  # too late: peers gave up
             return
-        self.workers[plan.rank] = worker
+        self.workers[plan.rank] = self._arrived[plan.rank] = worker
         self.plans[plan.rank] = plan
         self._ranks[worker] = plan.rank
         if len(self.workers) == self.world_size:
@@ -399,6 +415,18 @@ class Group:
             any(w.frozen for w in self.workers.values())
             or not self.fleet.connected([w.process.machine for w in self.workers.values()])
         )
+
+    def absent(self, worker: Worker) -> list[int]:
+        """Whom a worker misses on the store's roll; the leader, if it does not reach the store."""
+        rank, store = self.rank_of(worker), self.store[0]
+        if rank and not self.fleet.reaches(worker.process.machine, store):
+            return [0]
+        return [
+            other
+            for other in range(self.world_size)
+            if other not in self._arrived
+            or not self.fleet.reaches(self._arrived[other].process.machine, store)
+        ]
 
     def _connect(self) -> None:
         if self.phase != "connecting" or len(self.workers) < self.world_size:
@@ -679,12 +707,23 @@ class Group:
         """Somebody does not answer: the others wait, at most for the collective's own timeout."""
         if self._stalled_ms is None:
             self._stalled_ms = self.world.now_ms
+            # Found by the kernel's counters, which are read when the agent pings.
+            self._silence_ms = int(1000 * self.plans[0].timeout_s) + self.world.between(0, LONGEST_PING_MS)
+        if self.world.now_ms - self._stalled_ms > self._silence_ms:
+            self._look_for_silence()
         if self.world.now_ms - self._stalled_ms > self.training.collective_timeout_ms:
             for worker in list(self.workers.values()):
                 worker.later(0, worker.lose, self, "collective timed out")
             if any(not worker.frozen for worker in self.workers.values()):
                 return
         self.world.after(RETRY_MS, again)
+
+    def _look_for_silence(self) -> None:
+        machines = [worker.process.machine for worker in self.workers.values()]
+        for worker in list(self.workers.values()):
+            mine = worker.process.machine
+            if not (worker.process.frozen or all(self.fleet.connected([mine, other]) for other in machines)):
+                worker.later(0, worker.lose, self, "nothing reaches a peer")
 
     def _unstall(self) -> None:
         self._stalled_ms = None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import socket
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -12,6 +14,7 @@ import torch
 from torch._C._distributed_c10d import TCPStore
 
 from trainer.group import Bell, CollectiveFailed, Graveyard, Group, Interrupted, form
+from trainer.links import silent_peers
 
 CPU = torch.device("cpu")
 
@@ -138,9 +141,58 @@ def test_forming_without_the_peer_ends_when_a_newer_plan_comes() -> None:
             forming.result(30)
 
 
-def test_forming_without_the_peer_fails_in_time() -> None:
-    with pytest.raises(CollectiveFailed, match="generation 1"):
+def test_forming_without_the_peer_fails_in_time_and_names_it() -> None:
+    with pytest.raises(CollectiveFailed, match="generation 1") as failed:
         join(new_store(), 0, timeout_s=0.5)
+    assert failed.value.unreachable == (1,)
+
+
+def test_without_the_store_it_is_the_leader_that_cannot_be_reached() -> None:
+    store = new_store()
+    port = store.port
+    del store
+    with pytest.raises(CollectiveFailed, match="unreachable: rank 0") as failed:
+        form(
+            generation=1,
+            rank=1,
+            world_size=3,
+            store_host="127.0.0.1",
+            store_port=port,
+            device=CPU,
+            bell=Bell(),
+            superseded=lambda: False,
+            timeout_s=0.5,
+            collective_timeout_s=600.0,
+        )
+    assert failed.value.unreachable == (0,)
+
+
+def test_giving_up_ends_every_wait_as_a_failed_collective(pair: tuple[Group, Group]) -> None:
+    mine, _silent = pair
+    future = mine.all_reduce_later(torch.ones(1))
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(mine.all_reduce, torch.ones(1))
+        mine.give_up("nothing reaches 10.0.0.3")
+        with pytest.raises(CollectiveFailed, match=r"10\.0\.0\.3"):
+            waiting.result(30)
+    for late in (future, mine.all_reduce_later(torch.ones(1))):
+        with pytest.raises(RuntimeError, match=r"10\.0\.0\.3"):
+            late.wait()
+    assert mine.failure == "nothing reaches 10.0.0.3"
+
+
+def test_a_peer_that_reads_nothing_is_not_silent() -> None:
+    """Its machine answers: it may be computing, or frozen, which is for others to find out."""
+    with (
+        socket.create_server(("127.0.0.1", 0)) as server,
+        socket.create_connection(server.getsockname()) as sender,
+        server.accept()[0],
+    ):
+        sender.setblocking(False)
+        with contextlib.suppress(BlockingIOError):
+            while sender.send(bytes(1 << 20)):
+                pass
+        assert silent_peers(0.0) == []
 
 
 def test_a_world_of_one_needs_nobody() -> None:
