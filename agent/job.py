@@ -552,6 +552,7 @@ class JobRun:
             self.haul = None
         member = next((m for m in plan.members if m.agent_id == self._agent_id), None)
         if member is None:
+            self._forget_what_was_given_up(plan, None)
             self._release(plan)
             return
         self._member = member
@@ -572,7 +573,7 @@ class JobRun:
             "job.plan", job=self.job_id, generation=plan.generation, rank=member.group_rank, why=plan.reason
         )
 
-    def _forget_what_was_given_up(self, plan: agent_pb2.Plan, member: agent_pb2.Member) -> None:
+    def _forget_what_was_given_up(self, plan: agent_pb2.Plan, member: agent_pb2.Member | None) -> None:
         """Steps that no record is to be made of: whoever holds the state has done others in their place."""
         lineage = plan.generation if plan.from_checkpoint else plan.lineage
         if lineage > self._began:  # perhaps of a plan that never reached us
@@ -580,7 +581,7 @@ class JobRun:
             self._backlog = 0
             self.ledger.rewind(plan.committed_step)
             self.ledger.forget_evaluations(0)
-        elif not member.holds_state:
+        elif member is not None and not member.holds_state:
             # We were given up.  What we had agreed on before is everybody's; what we did then may be ours alone.
             self.ledger.rewind(max(plan.committed_step, self._backlog))
             self.ledger.forget_evaluations(self._backlog)

@@ -474,6 +474,12 @@ def _progress(state: State, now_ms: int, job: Job, event: ProgressReceived) -> D
         return _stale(event.generation, generation)
     if not inside or event.agent_id in generation.gone:
         return _not_member(event.agent_id, generation)
+    if event.agent_id not in generation.holders and event.agent_id not in generation.leaving:
+        # Taken in and not yet healed: what it has done was with others, or alone.
+        return _refuse(
+            Refusal.NOT_A_MEMBER,
+            f"agent {event.agent_id} has not formed generation {generation.number}, so it has no step of it",
+        )
     if event.first_step > job.committed_step + 1:
         return _refuse(
             Refusal.INVALID,

@@ -769,6 +769,7 @@ class JobRun:
         rank = next((m.first_rank for m in plan.members if m.agent_id == self.process.agent_id), None)
         self.fleet.truth.told(self, plan, rank is not None)
         if rank is None:
+            self._forget_what_was_given_up(plan, lineage, member=False)
             self._release(plan)
             return
         self.member_of = plan.number
@@ -780,17 +781,17 @@ class JobRun:
             self._hand_out(plan, rank)
         if self._warm and self._leads:
             self._take_store(plan)
-        self._forget_what_was_given_up(plan, lineage)
+        self._forget_what_was_given_up(plan, lineage, member=True)
         self.ledger.acknowledge(plan.committed_step)
         self._send_progress_anew()
 
-    def _forget_what_was_given_up(self, plan: Generation, lineage: int) -> None:
+    def _forget_what_was_given_up(self, plan: Generation, lineage: int, *, member: bool) -> None:
         if lineage > self._began:
             self._began = lineage
             self._backlog = 0
             self.ledger.rewind(plan.committed_step)
             self.ledger.forget_evaluations(0)
-        elif self.process.agent_id not in plan.holders:
+        elif member and self.process.agent_id not in plan.holders:
             self.ledger.rewind(max(plan.committed_step, self._backlog))
             self.ledger.forget_evaluations(self._backlog)
 
