@@ -576,6 +576,7 @@ class ElasticGroup:
                 self._end_generation()
             else:
                 self._graveyard.sweep()
+                self._checkpoint_again(plan)
                 return True
 
     def _enter(self, plan: control.Plan) -> None:
@@ -804,6 +805,15 @@ class ElasticGroup:
             self._link.commit(self._checkpoints, group, self._saver.newest)
         except (Interrupted, CollectiveFailed) as error:
             self._lose(error)
+
+    def _checkpoint_again(self, plan: control.Plan) -> None:
+        """Somebody is gone, and the state is that of a checkpoint: who is left takes over the shards of who is
+        gone.  What is stored already is neither written nor sent again."""
+        group = self._group
+        if group is None or plan.source != "memory" or plan.cut != "abort" or self.step == 0:
+            return
+        if self.step % self.config.checkpoint.every_steps == 0 and self.step < self.config.train.steps:
+            self._checkpoint(group)
 
     def _take_checkpoint(self, generation: int, rank: int, world_size: int) -> None:
         if self._saver.busy:

@@ -17,10 +17,12 @@ from coordinator.core.model import (
     CheckpointCommanded,
     CheckpointPinned,
     CheckpointRetired,
+    CheckpointWanted,
     Decision,
     Evaluation,
     EvaluationRecorded,
     Job,
+    JobPhase,
     ManifestCommitted,
     PendingCheckpoint,
     PendingDropped,
@@ -33,6 +35,7 @@ from coordinator.core.model import (
     ShardReported,
     State,
     StatesDiffered,
+    Why,
 )
 
 MAX_PENDING = 2
@@ -126,7 +129,48 @@ def commit(job: Job, now_ms: int) -> tuple[Record, ...]:
         if len(pending.shards) == pending.count and pending.step <= job.committed_step:
             checkpoint = _manifest(job, pending, now_ms)
             return (ManifestCommitted(at_ms=now_ms, job_id=job.job_id, checkpoint=checkpoint),)
-    return ()
+    return _overtaken(job, now_ms) or _anew(job, now_ms)
+
+
+def _overtaken(job: Job, now_ms: int) -> tuple[Record, ...]:
+    """Give up what an earlier generation left incomplete, once a later generation's checkpoint is whole: so
+    that its shards do not lie there for ever."""
+    newest = newest_good(job)
+    if newest is None:
+        return ()
+    return tuple(
+        PendingDropped(
+            at_ms=now_ms,
+            job_id=job.job_id,
+            step=pending.step,
+            reason=f"{len(pending.shards)} of its {pending.count} shards came; checkpoint {newest.step}, which a "
+            "later generation took, is whole",
+        )
+        for pending in job.pending
+        if pending.step < newest.step and pending.generation < newest.generation
+    )
+
+
+def _anew(job: Job, now_ms: int) -> tuple[Record, ...]:
+    """Have a checkpoint taken at once where one was probably lost, instead of at the next turn.
+
+    Each rank holds its own shards of a snapshot only, and the state has changed since: what a rank that is gone
+    has not stored, nobody can.  Where the state is still that of the snapshot, the ranks that are left begin it
+    again by themselves (`ElasticGroup`), and there is nothing to ask for."""
+    generation = job.generation
+    if (
+        job.phase is not JobPhase.RUNNING
+        or generation is None
+        or generation.formed_ms is None
+        or generation.checkpoint_asked
+        or generation.why is Why.MEMBER_JOINED
+    ):
+        return ()
+    lost = [p for p in job.pending if p.generation < generation.number and p.step < generation.formed_step]
+    if not lost:
+        return ()
+    reason = f"a member left while checkpoint {lost[-1].step} was being stored"
+    return (CheckpointWanted(at_ms=now_ms, job_id=job.job_id, generation=generation.number, reason=reason),)
 
 
 # ------------------------------------------------------------------------------- retention

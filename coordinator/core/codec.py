@@ -373,7 +373,7 @@ def describe(record: Record) -> str:
         case EvaluationRecorded(evaluation=found):
             return f"job {record.job_id} evaluated step {found.step}: loss {found.loss:.4f}"
         case CheckpointWanted():
-            return f"job {record.job_id}: a checkpoint was asked for"
+            return f"job {record.job_id}: a checkpoint was asked for{_because(record.reason)}"
         case PeerAccused():
             return f"agent {record.agent_id} served agent {record.by} wrong bytes for blob {record.digest}"
         case PeerTrusted():

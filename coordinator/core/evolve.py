@@ -308,8 +308,10 @@ def evolve(state: State, record: Record) -> None:
             _change_checkpoint(state, record, lambda found: replace(found, pinned_by=by))
         case EvaluationRecorded():
             _evaluate(state, record)
-        case CheckpointWanted():
-            pass  # a command to the members; see pushes
+        case CheckpointWanted():  # a command to the members; see pushes
+            job, generation = _generation(state, record.job_id)
+            if generation.number == record.generation:
+                _set_generation(state, job, replace(generation, checkpoint_asked=True))
         case LeaseRenewed():
             _set(
                 state,
@@ -597,6 +599,7 @@ def _form(state: State, record: MemberFormed) -> None:
             generation,
             formed=formed,
             formed_ms=record.at_ms if complete else None,
+            formed_step=record.step,
             formed_digest=digest,
             holders=holders,
         ),

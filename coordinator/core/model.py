@@ -357,6 +357,8 @@ class Generation:
     """Members, or agents leaving, that are out for good though their agent may live."""
     holders: tuple[AgentId, ...] = ()
     """Agents whose workers have the committed state in memory."""
+    formed_step: int = 0  # the step that the last to confirm began from
+    checkpoint_asked: bool = False  # a checkpoint was asked for outside its turn
     formed_digest: str = ""  # state digest on which all that have confirmed agree, else empty
     # (peer evidence) members that reported a failed collective in this generation
     collective_failed: tuple[AgentId, ...] = ()
@@ -1116,11 +1118,12 @@ class EvaluationRecorded:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CheckpointWanted:
-    """The operator asked for a checkpoint after the current step."""
+    """A checkpoint is to be taken after the current step: the operator asked, or (`reason`) one was lost."""
 
     at_ms: int
     job_id: JobId
     generation: int
+    reason: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -106,6 +106,38 @@ def counts(worker: Worker) -> tuple[int, int]:
     return len(list((process / "task").iterdir())), len(list((process / "fd").iterdir()))
 
 
+def test_who_is_left_takes_over_the_shards_of_a_checkpoint(
+    tmp_path: Path, data: Path, device: str, fleets: list[Fleet]
+) -> None:
+    """A member dies before the next step is committed: the state is still that of the checkpoint."""
+    spec = job(data, device=device, step_delay_ms=1500)
+    spec["checkpoint"]["every_steps"] = 2
+    (tmp_path / "slow").mkdir()
+    fleets.append(Fleet(tmp_path / "slow", spec))
+    fleet = fleets[-1]
+    a, b, c = fleet.start(3)
+
+    def shards(worker: Worker, generation: int) -> dict[int, str]:
+        found = [s for s in worker.all(control.Shard) if (s.generation, s.step) == (generation, 2)]
+        return {shard.index: shard.digest for shard in found}
+
+    def count() -> int:
+        return next(shard.count for shard in a.all(control.Shard))
+
+    fleet.form([a, b, c], source="fresh")
+    fleet.wait(lambda: shards(a, 1) and len(shards(a, 1)) == len(range(0, count(), 3)), "a's own shards")
+    c.kill()
+    stored = {digest: (a.cache / "blobs" / digest).stat().st_ino for digest in shards(a, 1).values()}
+    (formed, _) = fleet.form([a, b])
+    assert formed.step == 2
+    fleet.wait(lambda: len({**shards(a, 2), **shards(b, 2)}) == count(), "every shard of step 2")
+    assert set(shards(a, 2)) == set(range(0, count(), 2))
+    both = {**shards(a, 2), **shards(b, 2)}
+    assert {index: both[index] for index in shards(a, 1)} == shards(a, 1), "it is the same checkpoint"
+    assert {digest: (a.cache / "blobs" / digest).stat().st_ino for digest in stored} == stored
+    assert {s.state_digest for w in (a, b) for s in w.all(control.Shard)} == {formed.state_digest}
+
+
 def test_losses_and_data_do_not_depend_on_the_world_size(
     fleet: Fleet, undisturbed: dict[int, control.Step], tolerance: float
 ) -> None:
