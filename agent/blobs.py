@@ -35,6 +35,7 @@ CALL_TIMEOUT_S = 30.0
 STALL_TIMEOUT_S = 60.0
 PEER_CONNECT_TIMEOUT_S = 5.0
 PEER_STALL_TIMEOUT_S = 15.0
+SPARED_S = 600.0
 UNREACHABLE_S = 60.0  # an agent that did not answer is left alone for so long
 SOURCES_ASKED = 8
 UPLOADS_AT_ONCE = 2
@@ -62,6 +63,7 @@ class BlobCache:
         self.root = root
         self.changed = changed
         self._verified: dict[str, tuple[int, int]] = {}
+        self._fetched: set[str] = set()
 
     def path(self, digest: str) -> Path:
         if not _DIGEST.fullmatch(digest):
@@ -95,6 +97,11 @@ class BlobCache:
         self._verified.pop(digest, None)
         return self.holds(digest)
 
+    def fetched(self, digest: str) -> None:
+        """The blob was put here by us, who need no time to say what it is for."""
+        self._fetched.add(digest)
+        self.changed()
+
     def listing(self, most: int) -> set[str]:
         """The blobs that are here by name, and of too many those that were used last."""
         found = []
@@ -107,8 +114,12 @@ class BlobCache:
         return {name for _, name in sorted(found)[-most:]}
 
     def trim(self, keep: Iterable[str], limit_bytes: int) -> int:
-        """Remove what is not in `keep`, least recently used first, until the rest fits; return the bytes removed."""
+        """Remove what is not in `keep`, least recently used first, until the rest fits; return the bytes removed.
+
+        Spared is also what was not fetched and is young: a worker has just written or found it, and is about
+        to say so."""
         kept = frozenset(keep)
+        young_ns = time.time_ns() - int(SPARED_S * 1e9)
         files = []
         for path in self.root.iterdir():
             try:
@@ -118,15 +129,18 @@ class BlobCache:
             files.append((_last_used(stat), path, stat.st_size))
         excess = sum(size for _, _, size in files) - limit_bytes
         removed = 0
-        for _, path, size in sorted(files):
+        for used_ns, path, size in sorted(files):
             if removed >= excess:
                 break
+            if used_ns > young_ns and path.name not in self._fetched and _DIGEST.fullmatch(path.name):
+                continue
             if path.name.removeprefix(".partial-") in kept or (
                 path.name.startswith(".") and not path.name.startswith(".partial-")
             ):
                 continue
             path.unlink(missing_ok=True)
             self._verified.pop(path.name, None)
+            self._fetched.discard(path.name)
             removed += size
         if removed:
             self.changed()
@@ -205,7 +219,7 @@ class BlobClient:
                 raise BlobError(
                     f"blob {digest}: cannot be written to {path.parent}: {error.strerror}"
                 ) from error
-            self.cache.changed()
+            self.cache.fetched(digest)
             return path
 
     async def _receive(self, piece: Piece, partial: Partial, moved: Moved) -> None:

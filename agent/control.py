@@ -136,6 +136,14 @@ class Shard:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Wants:
+    """The dataset's shards that the worker reads next, in this order; it needs no others."""
+
+    type: ClassVar[str] = "wants"
+    digests: list[str]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Pong:
     type: ClassVar[str] = "pong"
     sequence: int
@@ -167,10 +175,10 @@ class Finished:
     step: int
 
 
-Up = Hello | Warm | Formed | Step | Evaluation | Shard | Pong | Failed | Released | Finished
+Up = Hello | Warm | Formed | Step | Evaluation | Shard | Wants | Pong | Failed | Released | Finished
 _UP: dict[str, type[Up]] = {
     kind.type: kind
-    for kind in (Hello, Warm, Formed, Step, Evaluation, Shard, Pong, Failed, Released, Finished)
+    for kind in (Hello, Warm, Formed, Step, Evaluation, Shard, Wants, Pong, Failed, Released, Finished)
 }
 _HINTS = {name: get_type_hints(kind) for name, kind in _UP.items()}
 
@@ -211,10 +219,16 @@ def decode(line: bytes) -> Up:
             case _ if wanted == list[int] and isinstance(value, list):
                 if not all(type(item) is int for item in value):
                     raise ControlError(f"control message {kind.type!r}: field {part.name!r} is {value!r:.80}")
+            case _ if wanted == list[str] and _are_texts(value):
+                pass
             case _:
                 raise ControlError(f"control message {kind.type!r}: field {part.name!r} is {value!r:.80}")
         values[part.name] = value
     return kind(**values)
+
+
+def _are_texts(value: object) -> bool:
+    return isinstance(value, list) and all(isinstance(item, str) for item in value)
 
 
 class Connection(asyncio.Protocol):

@@ -223,10 +223,12 @@ class Agent:
             self._disk_free = (await asyncio.to_thread(shutil.disk_usage, self._home.root)).free
             await asyncio.sleep(15.0)
 
-    async def trim_cache(self) -> None:
-        """Bring the cache within its bound, but for what the job needs and what is stored nowhere else yet."""
+    async def trim_cache(self, room: int = 0) -> None:
+        """Bring the cache within its bound, with so many bytes to spare, but for what the job needs and what is
+        stored nowhere else yet."""
         in_use = self._reports.waiting | (self._job.blobs_in_use() if self._job is not None else set())
-        removed = await asyncio.to_thread(self._blobs.cache.trim, in_use, self._settings.cache_bytes)
+        limit = max(0, self._settings.cache_bytes - room)
+        removed = await asyncio.to_thread(self._blobs.cache.trim, in_use, limit)
         if removed:
             log.info("cache.trimmed", bytes=removed)
 
@@ -341,6 +343,8 @@ class Agent:
                 connected=lambda: self._session.connected,
                 make_seat=self._make_seat,
                 rebuild_timeout_s=self._welcome.rebuild_timeout_ms / 1000,
+                cache_bytes=self._settings.cache_bytes,
+                make_room=self.trim_cache,
             )
             log.info("job.assigned", job=assignment.job_id, name=assignment.name)
             self._job.start()

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import json
 import random
 import re
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -48,6 +49,7 @@ CHECKPOINTS_KEPT = 2
 REACH_S = 2.0  # a connection to a peer that takes longer counts as none
 LONGEST_REACH_S = 5.0
 REACH_PATIENCE_S = 30.0
+MOST_WANTED = 8_192
 
 _CAUSES = {
     Cause.KILLED: agent_pb2.FAILURE_KIND_KILLED,
@@ -113,6 +115,7 @@ class Slot:
     reported: bool = False  # its end has been told to the coordinator
     pinged_s: float | None = None
     pings: int = 0
+    wants: tuple[str, ...] = ()  # shards of a dataset that does not fit the cache, in order of need
 
 
 @dataclass(slots=True)
@@ -186,7 +189,10 @@ class JobRun:
         connected: Callable[[], bool],
         make_seat: SeatMaker,
         rebuild_timeout_s: float,
+        cache_bytes: int,
+        make_room: Callable[[int], Awaitable[None]],
     ) -> None:
+        """`make_room(n)` removes from the cache what nobody needs, so that n bytes more fit its bound."""
         self.job_id = assignment.job_id
         self.name = assignment.name
         self.generation = 0  # newest plan seen
@@ -231,7 +237,11 @@ class JobRun:
         self._announce_wanted = asyncio.Event()
         self._checkpoints: dict[int, set[str]] = {}
         self._restored: set[str] = set()  # shards of the checkpoint that was restored here last, or is being
-        self._dataset: tuple[Piece, ...] = ()
+        self._dataset: dict[str, Piece] = {}
+        self._cache_bytes = cache_bytes
+        self._make_room = make_room
+        self._windowed = False  # the dataset is larger than the cache: only what is read next is fetched
+        self._wants_changed = asyncio.Event()
         self.haul: Haul | None = None
 
     # ------------------------------------------------------------------ preparing
@@ -262,6 +272,9 @@ class JobRun:
         self._thread.start()
         self._tasks.start(self._announcements())
         self._tasks.start(self._watch())
+        if self._windowed:
+            log.info("job.data_window", job=self.job_id, bytes=self._window_bytes)
+            self._tasks.start(self._fetch_ahead())
         for slot in range(len(self._settings.environments)):
             await self._spawn(slot)
 
@@ -270,8 +283,11 @@ class JobRun:
         await asyncio.to_thread(write_atomically, self._files.spec, self._assignment.spec_json.encode())
         if not self._assignment.dataset_json:
             return
-        self._dataset = dataset_pieces(self._assignment.dataset_json)
-        await self._fetch_all("dataset", self._dataset)
+        pieces = dataset_pieces(self._assignment.dataset_json)
+        self._dataset = {piece.digest: piece for piece in pieces}
+        self._windowed = sum(piece.bytes for piece in pieces) > self._cache_bytes
+        if not self._windowed:
+            await self._fetch_all("dataset", pieces)
         manifest = self._files.data / "manifest.json"
         await asyncio.to_thread(write_atomically, manifest, self._assignment.dataset_json.encode())
 
@@ -294,6 +310,63 @@ class JobRun:
             raise
         self.haul = None
         log.info("job.fetched", job=self.job_id, what=what, bytes=haul.total, sources=dict(haul.sources))
+
+    async def _fetch_ahead(self) -> None:
+        """Keep the next shards of a dataset that does not fit the cache coming, as the workers name them."""
+        running: dict[str, asyncio.Task[None]] = {}
+
+        async def make_room() -> None:
+            await self._make_room(sum(self._dataset[digest].bytes for digest in running))
+
+        fetched: set[str] = set()
+        try:
+            while True:
+                self._wants_changed.clear()
+                wanted = self._wanted()
+                for digest in [digest for digest in running if digest not in wanted]:
+                    running.pop(digest).cancel()
+                fetched.intersection_update(wanted)
+                missing = [digest for digest in wanted if digest not in fetched and digest not in running]
+                for digest in missing[: FETCHES_AT_ONCE - len(running)]:
+                    running[digest] = asyncio.create_task(self._fetch_shard(self._dataset[digest], make_room))
+                change = asyncio.create_task(self._wants_changed.wait())
+                try:
+                    await asyncio.wait((change, *running.values()), return_when=asyncio.FIRST_COMPLETED)
+                finally:
+                    change.cancel()
+                for digest in [digest for digest, task in running.items() if task.done()]:
+                    running.pop(digest).result()
+                    fetched.add(digest)
+        finally:
+            for task in running.values():
+                task.cancel()
+
+    @property
+    def _window_bytes(self) -> int:
+        """How far ahead each worker may ask: together half of the cache, for the other half is for checkpoints."""
+        return max(1, self._cache_bytes // 2 // len(self._settings.environments))
+
+    def _wanted(self) -> dict[str, None]:
+        """What the workers want, each one's next before any one's next but one."""
+        rows = itertools.zip_longest(*(self._slots[slot].wants for slot in sorted(self._slots)))
+        return {digest: None for row in rows for digest in row if digest in self._dataset}
+
+    async def _fetch_shard(self, piece: Piece, make_room: Callable[[], Awaitable[None]]) -> None:
+        """Until it is here: training waits for it."""
+        delay_s = 0.2
+        while True:
+            try:
+                await make_room()
+                await self._blobs.fetch(piece)
+            except (grpc.aio.AioRpcError, BlobError, OSError) as error:
+                why = error.details() if isinstance(error, grpc.aio.AioRpcError) else str(error) or "stalled"
+                self.problem = f"data: {why}"
+                log.warning("job.shard_waiting", job=self.job_id, digest=piece.digest, why=why)
+            else:
+                self.problem = ""
+                return
+            await asyncio.sleep(delay_s * random.uniform(0.5, 1.0))
+            delay_s = min(delay_s * 2, LONGEST_DELAY_S)
 
     def _run_seat(self) -> None:
         assert self._seat is not None
@@ -326,6 +399,8 @@ class JobRun:
             "MUSTER_JOB_ID": self.job_id,
             "MUSTER_LOCAL_RANK": str(slot),
         }
+        if self._windowed:
+            environment["MUSTER_DATA_WINDOW"] = str(self._window_bytes)
         self._slots[slot] = Slot(worker=worker)
         try:
             await worker.start(
@@ -396,6 +471,9 @@ class JobRun:
                 self._send_progress()
             case control.Shard():
                 self._shard(message)
+            case control.Wants():
+                slot.wants = tuple(message.digests[:MOST_WANTED])
+                self._wants_changed.set()
             case control.Pong():
                 self._ponged(slot, message)
             case control.Failed():
@@ -493,7 +571,8 @@ class JobRun:
 
     def blobs_in_use(self) -> set[str]:
         """What the cache must not evict for this job."""
-        return {piece.digest for piece in self._dataset}.union(self._restored, *self._checkpoints.values())
+        data = self._wanted() if self._windowed else self._dataset
+        return set(data).union(self._restored, *self._checkpoints.values())
 
     def _failed(self, slot: Slot, message: control.Failed) -> None:
         kind = _KINDS.get(message.kind, agent_pb2.FAILURE_KIND_PROGRAM)

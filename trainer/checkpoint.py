@@ -371,6 +371,8 @@ class CheckpointDirectory:
         """
         path = self._blobs / digest
         if path.exists() and path.stat().st_size == len(data) and _sha256(path) == digest:
+            # A cache evicts what was used longest ago: this is needed again.
+            os.utime(path, ns=(time.time_ns(), path.stat().st_mtime_ns))
             return False
         _write_durably(path, data.numpy().data)
         return True

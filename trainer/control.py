@@ -141,6 +141,13 @@ class Shard:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Wants:
+    """The dataset's shards that are read next, in this order: fetch them, and keep these and no others."""
+
+    digests: list[str]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Pong:
     sequence: int
     activity: Activity
@@ -170,7 +177,7 @@ class Finished:
 
 
 Down = Plan | Abort | Checkpoint | Ping | Stop
-Up = Hello | Warm | Formed | Step | Evaluation | Shard | Pong | Failed | Released | Finished
+Up = Hello | Warm | Formed | Step | Evaluation | Shard | Wants | Pong | Failed | Released | Finished
 Message = Down | Up
 
 _TYPES: dict[str, type[Message]] = {
@@ -251,6 +258,7 @@ class AgentLink:
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self._socket.connect(str(path))
         self._lock = threading.Lock()
+        self.send(Hello(pid=os.getpid()))
 
     def send(self, message: Up) -> None:
         try:
@@ -260,8 +268,7 @@ class AgentLink:
             leave(1)
 
     def listen(self, on_message: Callable[[Down], None]) -> None:
-        """Say hello and hand every message to `on_message` on a thread of its own."""
-        self.send(Hello(pid=os.getpid()))
+        """Hand every message to `on_message` on a thread of its own."""
         threading.Thread(target=self._read, args=(on_message,), name="agent-link", daemon=True).start()
 
     def _read(self, on_message: Callable[[Down], None]) -> None:

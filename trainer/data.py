@@ -15,7 +15,8 @@ import json
 import os
 import re
 import tempfile
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,10 @@ from trainer.mixture import Mixture, mixture
 from trainer.permutation import permutation
 
 FORMAT = "muster-dataset-1"
+MOST_STEPS_AHEAD = 64
+MOST_SHARDS_AHEAD = 4_096
+ARRIVAL_POLL_S = 0.02
+ARRIVAL_TIMEOUT_S = 600.0
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _DTYPES: dict[str, np.dtype[Any]] = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
 
@@ -214,24 +219,32 @@ def slice_seed(seed: int, step: int, j: int) -> int:
 
 
 class _Split:
-    """One split as a single stream of tokens, memory-mapped shard by shard."""
+    """One split as a single stream of tokens, memory-mapped shard by shard as they are read."""
 
-    def __init__(self, shards: list[Tokens]) -> None:
-        self._shards = shards
-        self._ends = list(itertools.accumulate(len(shard) for shard in shards))
+    def __init__(self, shards: Sequence[TokenShard], open_: Callable[[TokenShard], Tokens]) -> None:
+        self._shards = tuple(shards)
+        self._open = open_
+        self._ends = list(itertools.accumulate(shard.tokens for shard in shards))
         self.tokens = self._ends[-1] if shards else 0
 
     def windows(self, seq_len: int) -> int:
         return max(0, self.tokens - 1) // seq_len
 
-    def read(self, start: int, stop: int) -> Tokens:
-        parts = []
+    def _pieces(self, start: int, stop: int) -> Iterator[tuple[TokenShard, int, int]]:
+        """The shards that hold the tokens start … stop−1, and which of their own these are."""
         index = bisect.bisect_right(self._ends, start)
         while start < stop:
-            offset = self._ends[index] - len(self._shards[index])
-            parts.append(self._shards[index][start - offset : stop - offset])
-            start = self._ends[index]
+            shard, end = self._shards[index], self._ends[index]
+            offset = end - shard.tokens
+            yield shard, start - offset, min(stop, end) - offset
+            start = end
             index += 1
+
+    def shards(self, start: int, stop: int) -> list[TokenShard]:
+        return [shard for shard, first, last in self._pieces(start, stop) if first < last]
+
+    def read(self, start: int, stop: int) -> Tokens:
+        parts = [self._open(shard)[first:last] for shard, first, last in self._pieces(start, stop)]
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
 
@@ -240,11 +253,20 @@ class TokenDataset:
 
     Shard digests are checked once; a stamp file in the directory remembers size and mtime of what was
     checked, so that the next worker opens at once.
+
+    With `window_bytes` the shards may be absent: `ask` is told which ones are needed next, in order and at
+    most so many bytes ahead, and whoever hears it puts them there and keeps them until they are no longer
+    named.  What the next step needs is asked for even if it is more.
     """
 
-    def __init__(self, directory: Path | str) -> None:
+    def __init__(self, directory: Path | str, *, window_bytes: int = 0) -> None:
         """Raise DatasetError if the manifest or a blob is absent, damaged or not what the digest says."""
         self.directory = Path(directory)
+        self.ask: Callable[[list[str]], None] = lambda digests: None
+        self._window_bytes = window_bytes
+        self._asked: list[str] = []
+        self._opened: dict[str, Tokens] = {}
+        self._named: dict[tuple[int, int], list[TokenShard]] = {}
         path = self.directory / "manifest.json"
         try:
             text = path.read_bytes()
@@ -255,7 +277,8 @@ class TokenDataset:
         self.manifest = parse_dataset_manifest(text, str(path))
         self.id = dataset_id(self.manifest)
         self.vocab_size = self.manifest.vocab_size
-        self._verify()
+        if not window_bytes:
+            self._verify(self.manifest.blobs())
         parts = self.manifest.parts()
         self._weights = tuple(part.weight for part in parts)
         self._train = self._splits(self.manifest.train, [part.train for part in parts])
@@ -303,6 +326,68 @@ class TokenDataset:
             weights=self._weights,
         )
 
+    def ready(
+        self, step: int, slices: Sequence[int], train: TrainSettings, given_up: Callable[[], bool]
+    ) -> bool:
+        """Whether these slices of the step can be read now: waits for their shards until `given_up` says so.
+
+        Asks for what the same slices of the steps after it will read, too."""
+        if not self._window_bytes:
+            return True
+        wanted = self._ahead(step, slices, train)
+        if wanted != self._asked:
+            self._asked = wanted
+            self._opened = {digest: self._opened[digest] for digest in wanted if digest in self._opened}
+            self.ask(wanted)
+        needed = [shard for j in slices for shard in self._shards_of(step, j, train)]
+        while not all(self._is_here(shard.digest) for shard in needed):
+            if given_up():
+                return False
+            time.sleep(ARRIVAL_POLL_S)
+        return True
+
+    def _ahead(self, step: int, slices: Sequence[int], train: TrainSettings) -> list[str]:
+        held_out = self._held_out(train) if train.eval_every else []
+        wanted = dict.fromkeys(shard.digest for shard in held_out)
+        tokens_left = self._window_bytes // self._token_bytes - sum(shard.tokens for shard in held_out)
+        self._named = {(s, j): named for (s, j), named in self._named.items() if s >= step}
+        for later in range(step, step + MOST_STEPS_AHEAD):
+            for shard in (shard for j in slices for shard in self._shards_of(later, j, train)):
+                if shard.digest in wanted:
+                    continue
+                tokens_left -= shard.tokens
+                if later > step and (tokens_left < 0 or len(wanted) >= MOST_SHARDS_AHEAD):
+                    return list(wanted)
+                wanted[shard.digest] = None
+        return list(wanted)
+
+    def _shards_of(self, step: int, j: int, train: TrainSettings) -> list[TokenShard]:
+        named = self._named.get((step, j))
+        if named is None:
+            windows = self.windows_of(step, j, train)
+            named = self._named[step, j] = self._shards_of_windows(self._train, windows, train.seq_len)
+        return named
+
+    def _held_out(self, train: TrainSettings) -> list[TokenShard]:
+        windows = [w for k in range(train.eval_slices) for w in self._eval_windows(k, train)]
+        return self._shards_of_windows(self._val, windows, train.seq_len)
+
+    @staticmethod
+    def _shards_of_windows(
+        splits: list[_Split], windows: list[tuple[int, int]], seq_len: int
+    ) -> list[TokenShard]:
+        found = (
+            shard for part, w in windows for shard in splits[part].shards(w * seq_len, (w + 1) * seq_len + 1)
+        )
+        return list(dict.fromkeys(found))
+
+    @property
+    def _token_bytes(self) -> int:
+        return _DTYPES[self.manifest.dtype].itemsize
+
+    def _is_here(self, digest: str) -> bool:
+        return digest in self._opened or self._blob(digest).exists()
+
     def slice(self, step: int, j: int, train: TrainSettings) -> tuple[Tensor, Tensor]:
         """Inputs and targets of slice `j` of `step`: int64 [slice_sequences, seq_len] on the CPU."""
         return _inputs_and_targets(self._rows(self._train, self.windows_of(step, j, train), train.seq_len))
@@ -322,6 +407,9 @@ class TokenDataset:
         In a mixture, the parts that have a window in their validation split take turns by weight.  Raise
         DatasetError if no part has.
         """
+        return _inputs_and_targets(self._rows(self._val, self._eval_windows(k, train), train.seq_len))
+
+    def _eval_windows(self, k: int, train: TrainSettings) -> list[tuple[int, int]]:
         windows = [split.windows(train.seq_len) for split in self._val]
         able = [part for part, count in enumerate(windows) if count]
         if not able:
@@ -332,14 +420,14 @@ class TokenDataset:
         for n in range(first, first + train.slice_sequences):
             turn, before = turns(n)
             chosen.append((able[turn], before % windows[able[turn]]))
-        return _inputs_and_targets(self._rows(self._val, chosen, train.seq_len))
+        return chosen
 
     def _rows(self, splits: list[_Split], windows: list[tuple[int, int]], seq_len: int) -> Tokens:
         return np.stack([splits[part].read(w * seq_len, (w + 1) * seq_len + 1) for part, w in windows])
 
     def _splits(self, shards: tuple[TokenShard, ...], counts: list[int]) -> list[_Split]:
         rest = iter(shards)
-        return [_Split([self._map(shard) for shard in itertools.islice(rest, count)]) for count in counts]
+        return [_Split(list(itertools.islice(rest, count)), self._open) for count in counts]
 
     def _too_small(self, name: str, splits: list[_Split], part: int, seq_len: int) -> DatasetError:
         of = f" of {self.manifest.mix[part].name}" if self.manifest.mix else ""
@@ -352,17 +440,40 @@ class TokenDataset:
     def _blob(self, digest: str) -> Path:
         return self.directory / "blobs" / digest
 
+    def _open(self, shard: TokenShard) -> Tokens:
+        found = self._opened.get(shard.digest)
+        if found is None:
+            if self._window_bytes:
+                self._await(shard.digest)
+                self._verify((shard.digest,))
+            found = self._opened[shard.digest] = self._map(shard)
+        return found
+
+    def _await(self, digest: str) -> None:
+        """For what is read without `ready`: the slice that warms a worker up."""
+        if not self._is_here(digest) and digest not in self._asked:
+            self._asked = [*self._asked, digest]
+            self.ask(self._asked)
+        deadline = time.monotonic() + ARRIVAL_TIMEOUT_S
+        while not self._is_here(digest):
+            if time.monotonic() > deadline:
+                raise DatasetError(
+                    f"{self._blob(digest)}: it did not come within {ARRIVAL_TIMEOUT_S:g} s; the agent's log says why"
+                )
+            time.sleep(ARRIVAL_POLL_S)
+
     def _map(self, shard: TokenShard) -> Tokens:
         if shard.tokens == 0:
             return np.zeros(0, dtype=_DTYPES[self.manifest.dtype])
         return np.memmap(self._blob(shard.digest), dtype=_DTYPES[self.manifest.dtype], mode="r")
 
-    def _verify(self) -> None:
+    def _verify(self, digests: Iterable[str]) -> None:
         stamp_path = self.directory / "verified.json"
         known = _read_stamps(stamp_path)
-        stamps: dict[str, list[int]] = {}
+        # Of a window, what was verified before stays known; of all of it, only what is still named.
+        stamps: dict[str, list[int]] = dict(known) if self._window_bytes else {}
         tokens = {shard.digest: shard.tokens for shard in (*self.manifest.train, *self.manifest.val)}
-        for digest in self.manifest.blobs():
+        for digest in digests:
             path = self._blob(digest)
             try:
                 status = path.stat()

@@ -29,7 +29,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, Self
 
@@ -73,6 +73,8 @@ class Slices(Protocol):
     id: str
 
     def slice_and_digest(self, step: int, j: int, train: Any) -> tuple[Tensor, Tensor, int]: ...
+    def ready(self, step: int, slices: Sequence[int], train: Any, given_up: Callable[[], bool]) -> bool:
+        """Wait for these slices' data; False if it was given up."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -301,6 +303,8 @@ class ElasticGroup:
         assert group is not None
         train, step = self.config.train, self.step + 1
         mine = agreement.share(train.slices_per_step, group.world_size, group.rank)
+        if not data.ready(step, mine or [0], train, lambda: self._group is None or group.aborted):
+            return
         for j in mine or [0]:
             x, y, digest = data.slice_and_digest(step, j, train)
             if mine:
@@ -331,6 +335,10 @@ class ElasticGroup:
                 self._lose(Interrupted("the step in flight was dropped"))
             else:
                 raise
+
+    def want(self, digests: list[str]) -> None:
+        """Have the agent fetch these shards of the dataset, in this order, and keep them."""
+        self._link.send(control.Wants(digests=digests))
 
     def pause(self, seconds: float) -> None:
         """Make the step longer, for demonstrations and tests; ends early with the generation."""

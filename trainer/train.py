@@ -77,7 +77,7 @@ def train(path: Path) -> None:
     directory = os.environ.get("MUSTER_DATA") or ensure_dataset(
         config.data, Path(config.checkpoint.dir) / "data"
     )
-    data = TokenDataset(directory)
+    data = TokenDataset(directory, window_bytes=int(os.environ.get("MUSTER_DATA_WINDOW", "0")))
 
     # ---- model
     shape = model_shape(config.model, data.vocab_size)
@@ -89,6 +89,7 @@ def train(path: Path) -> None:
     optimizer = configure_optimizer(gpt, settings, device)
     step_tokens = settings.slices_per_step * settings.slice_sequences * settings.seq_len
     elastic = ElasticGroup.from_environment(config, device)
+    data.ask = elastic.want
     model = elastic.adopt(
         gpt,
         optimizer,

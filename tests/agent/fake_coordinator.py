@@ -315,6 +315,12 @@ class FakeCoordinator(agent_pb2_grpc.AgentServiceServicer):
             if self.hold_gets is not None:
                 await self.hold_gets.wait()
 
+    async def FindSources(self, request: Any, context: Any) -> Any:
+        return agent_pb2.FindSourcesReply()
+
+    async def PresignGet(self, request: Any, context: Any) -> Any:
+        return agent_pb2.PresignGetReply()
+
     async def PutBlob(self, requests: AsyncIterator[Any], context: Any) -> Any:
         header = (await anext(aiter(requests))).header
         data = b"".join([message.data async for message in requests])

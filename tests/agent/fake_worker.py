@@ -9,6 +9,8 @@ MUSTER_TEST_HEARD, and does as the job's spec tells it under the key `fake`:
     shard:           store this text as a shard after forming, before the first step
     fail:            after forming, report this failure kind
     warm_file:       do not become warm before this file exists
+    wants:           lists of digests: ask for the first, become warm when it is there and print the window, and
+                     ask for the next at each plan
 """
 
 from __future__ import annotations
@@ -46,8 +48,17 @@ def step(generation: int, number: int) -> None:
     )  # fmt: skip
 
 
+def want() -> None:
+    digests = wants.pop(0)
+    say("wants", digests=digests)
+    while not all((Path(os.environ["MUSTER_DATA"]) / "blobs" / digest).exists() for digest in digests):
+        select.select([connection], [], [], 0.02)
+
+
 def form(plan: dict[str, Any]) -> None:
     generation, begin = plan["generation"], plan["committed_step"]
+    if wants:
+        want()
     say("formed", generation=generation, step=begin, state_digest="ab", healed=False)
     if text := fake.get("shard"):
         digest = hashlib.sha256(text.encode()).hexdigest()
@@ -66,6 +77,10 @@ def form(plan: dict[str, Any]) -> None:
 
 
 say("hello", pid=os.getpid(), version=1)
+wants: list[list[str]] = fake.get("wants", [])
+if wants:
+    print(f"window of {os.environ['MUSTER_DATA_WINDOW']} bytes", flush=True)
+    want()
 if wanted := fake.get("warm_file"):
     while not Path(wanted).exists():
         select.select([connection], [], [], 0.02)

@@ -310,6 +310,7 @@ async def test_what_is_stored_nowhere_else_is_never_evicted_also_when_its_job_is
     coordinator.refuse_blobs = 0
     await coordinator.until(lambda: coordinator.shards)
     await eventually(lambda: volunteer.agent and not volunteer.agent._reports.waiting)
+    os.utime(volunteer.home.blobs / digest, (0, 0))
     await volunteer.agent.trim_cache()
     assert not (volunteer.home.blobs / digest).exists()
     told = await coordinator.heard("cached", lambda cached: bytes.fromhex(digest) in cached.removed)

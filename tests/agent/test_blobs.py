@@ -95,11 +95,24 @@ def test_trim_spares_what_was_used_last_however_old_it_is(home: Home) -> None:
     for age, (digest, data) in enumerate(zip(digests, blobs, strict=True)):
         cache.path(digest).write_bytes(data)
         os.utime(cache.path(digest), (age, age))
+        cache.fetched(digest)
+    changes.clear()
     assert cache.holds(digests[0])
     assert cache.trim((), 100) == 200
     assert cache.listing(10) == {digests[0]}
     assert len(changes) == 1
     assert cache.path(digests[0]).stat().st_mtime == 0, "who has verified it needs not do so again"
+
+
+def test_trim_spares_what_a_worker_has_just_written_and_not_said_yet(home: Home) -> None:
+    cache = BlobCache(home.blobs)
+    written, fetched, old = (hashlib.sha256(bytes([n])).hexdigest() for n in range(3))
+    for digest in (written, fetched, old):
+        cache.path(digest).write_bytes(b"x" * 100)
+    cache.fetched(fetched)
+    os.utime(cache.path(old), (0, 0))
+    assert cache.trim((), 0) == 200
+    assert cache.listing(10) == {written}
 
 
 def test_of_too_many_blobs_those_used_last_are_told_of(home: Home) -> None:

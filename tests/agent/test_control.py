@@ -22,6 +22,7 @@ EXAMPLES: dict[object, object] = {
     bool: True,
     dict[str, typing.Any]: {"a": 1},
     list[int]: [0, 2],
+    list[str]: ["ab"],
 }
 
 

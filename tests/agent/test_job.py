@@ -28,6 +28,9 @@ class Pair:
         self._news = asyncio.Condition()
         self._heard = heard
 
+        async def no_room(_: int) -> None:
+            raise AssertionError("no shard is fetched here")
+
         def nobody() -> Any:
             raise AssertionError("no blob is moved here")
 
@@ -46,6 +49,8 @@ class Pair:
             connected=lambda: True,
             make_seat=lambda lobby, job: Seat(lobby, job, agent_id="a1", workers=2),
             rebuild_timeout_s=5.0,
+            cache_bytes=1 << 30,
+            make_room=no_room,
         )
 
     def _send(self, message: agent_pb2.AgentMessage) -> int:

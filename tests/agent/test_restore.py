@@ -130,6 +130,43 @@ async def test_dataset_is_there_before_the_worker_starts(
     assert (folder / "blobs" / hashlib.sha256(data).hexdigest()).read_bytes() == data
 
 
+async def test_of_a_dataset_larger_than_the_cache_only_what_is_wanted_is_there(
+    volunteer: Volunteer, coordinator: FakeCoordinator
+) -> None:
+    shards = [bytes([n]) * 1000 for n in range(8)]
+    digests = [hashlib.sha256(shard).hexdigest() for shard in shards]
+    coordinator.blobs = dict(zip(digests, shards, strict=True))
+    manifest = {
+        "format": "muster-dataset-1",
+        "dtype": "uint16",
+        "splits": {"train": [{"digest": digest, "tokens": 500} for digest in digests], "val": []},
+    }
+    fake = {"wants": [digests[:3], digests[2:5]], "steps": 1}
+    await volunteer.start(cache_bytes=4000)
+
+    def held() -> set[str]:
+        return {path.name for path in volunteer.home.blobs.iterdir() if len(path.name) == 64}
+
+    coordinator.say(
+        assignment=agent_pb2.Assignment(
+            job_id="j1", spec_json=json.dumps({"fake": fake}), dataset_json=json.dumps(manifest)
+        )
+    )
+    ready = await coordinator.heard("ready")
+    assert held() == set(digests[:3])
+    assert {digest for digest, _ in coordinator.gets} == set(digests[:3])
+    await coordinator.heard("logs", lambda logs: "window of 2000 bytes" in logs.lines)
+    volunteer.plan(1, ready)
+    await coordinator.heard("formed")
+    assert set(digests[2:5]) <= held()
+    assert len(held()) <= 4, "what is wanted no more makes room"
+    assert volunteer.agent is not None
+    assert volunteer.agent._job is not None
+    assert volunteer.agent._job.blobs_in_use() == set(digests[2:5])
+    await volunteer.agent.trim_cache(room=4000)
+    assert held() == set(digests[2:5])
+
+
 async def test_dataset_with_another_digest_is_a_failed_preparation(
     volunteer: Volunteer, coordinator: FakeCoordinator
 ) -> None:

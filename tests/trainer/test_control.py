@@ -38,6 +38,7 @@ UP: list[control.Up] = [
         state_digest="ab",
         header={"step": 10},
     ),
+    control.Wants(digests=["ab", "cd"]),
     control.Pong(sequence=1, activity="reducing", since_s=0.5, step=10),
     control.Failed(generation=3, kind="collective", detail="peer — gone", step=10),
     control.Released(generation=4),

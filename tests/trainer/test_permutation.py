@@ -1,12 +1,16 @@
 from __future__ import annotations
 
 import itertools
+import sys
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trainer.permutation import permutation
+import trainer.permutation
+from trainer.agreement import share
+from trainer.data import slice_windows
+from trainer.permutation import Permutation, permutation
 
 seeds = st.integers(0, 2**63 - 1)
 
@@ -22,6 +26,44 @@ def test_no_two_indices_meet_however_large_the_range(seed: int, n: int, indices:
     images = {permutation(seed, 0, n)(index) for index in inside}
     assert len(images) == len(inside)
     assert all(0 <= image < n for image in images)
+
+
+def test_any_place_costs_the_same_and_needs_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Resuming is a matter of asking for the next index: nothing before it is gone through, no table is made."""
+    mixed: list[int] = []
+    honest = trainer.permutation._mix
+    monkeypatch.setattr(trainer.permutation, "_mix", lambda z: (mixed.append(z), honest(z))[1])
+    n = 2**50 + 1
+    order = Permutation(9, 3, n)
+    for index in (0, 1, n // 2, n - 1):
+        mixed.clear()
+        order(index)
+        assert len(mixed) <= 6 * 8, "a few rounds and, rarely, a few walks"
+    assert sum(sys.getsizeof(getattr(order, name)) for name in Permutation.__slots__) < 1_000
+
+
+@given(
+    seed=seeds,
+    step=st.integers(1, 10**9),
+    slices=st.integers(1, 40),
+    sequences=st.integers(1, 4),
+    windows=st.integers(1, 10**9),
+    worlds=st.lists(st.integers(1, 50), min_size=2, max_size=3),
+)
+def test_a_step_is_the_same_windows_in_any_world(
+    seed: int, step: int, slices: int, sequences: int, windows: int, worlds: list[int]
+) -> None:
+    """Whoever shares a step, together they compute each slice once, and each slice is what it always is."""
+
+    def computed(world: int) -> list[list[int]]:
+        return [
+            slice_windows(seed, step, j, slices_per_step=slices, slice_sequences=sequences, windows=windows)
+            for rank in range(world)
+            for j in share(slices, world, rank)
+        ]
+
+    assert all(computed(world) == computed(1) for world in worlds)
+    assert len(computed(1)) == slices
 
 
 def test_its_values_never_change() -> None:
