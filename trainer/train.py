@@ -43,7 +43,6 @@ NCCL_SETTINGS = {
     # No flight recorder: it notes a stack at every collective, and prints one when a group breaks, which
     # took 5 s of a thread that freeing the group waits for.
     "TORCH_FR_BUFFER_SIZE": "0",
-    "TORCH_NCCL_TRACE_BUFFER_SIZE": "0",
     "NCCL_NVLS_ENABLE": "0",
 }
 

@@ -448,6 +448,26 @@ def test_a_finished_job_has_its_last_checkpoint_and_stops_with_status_0(
     assert workers[0].process.wait(30) == 0
 
 
+def test_nothing_is_compiled_after_a_worker_is_warm(
+    tmp_path: Path, data: Path, device: str, fleets: list[Fleet]
+) -> None:
+    (tmp_path / "compiled").mkdir()
+    spec = job(data, device=device, compile=True, eval_every=4, eval_slices=1)
+    fleet = Fleet(tmp_path / "compiled", spec)
+    fleets.append(fleet)
+    first, second = fleet.start(2, faults=["count-compiled", "count-compiled"])
+    fleet.form([first], source="fresh")  # with all five slices of a step
+    fleet.wait_step([first], 5)
+    fleet.form([first, second], cut="after_step")  # with two or three
+    fleet.wait_step([first, second], 10)
+    fleet.form([second], cut="abort")
+    fleet.wait_step([second], 15)
+    for worker in (first, second):
+        said = [line for line in worker.log.read_text().splitlines() if line.startswith("compiled ")]
+        assert len({line.split()[1] for line in said}) == 1, said
+        assert said[0].split()[1] != "0"
+
+
 def test_a_worker_leaves_when_its_agent_is_gone(fleet: Fleet) -> None:
     (worker,) = fleet.start(1)
     worker._socket.shutdown(2)

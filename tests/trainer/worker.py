@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import faulthandler
+import functools
 import os
 import signal
 from dataclasses import replace
@@ -36,6 +37,9 @@ class Faulty(ElasticGroup):
 
     def _apply(self, outcome: Outcome) -> None:
         super()._apply(outcome)
+        if KIND == "count-compiled":
+            compiled = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+            print(f"compiled {compiled} graphs by step {outcome.step}", flush=True)
         if outcome.step == AT and KIND == "corrupt":
             with torch.no_grad():
                 self._parameters[0][0, 0] += 1.0
@@ -52,6 +56,10 @@ class Liar(Faulty):
         claim = super()._claim(rank)
         return replace(claim, step=claim.step + 1000) if claim.holds else claim
 
+
+if KIND == "count-compiled":
+    # What is compiled again is dynamo's decision; the code that inductor would make of it takes a minute.
+    torch.compile = functools.partial(torch.compile, backend="aot_eager")  # type: ignore[assignment]
 
 if __name__ == "__main__":
     faulthandler.register(signal.SIGUSR1)  # a test that waited in vain shows where its workers are
