@@ -107,6 +107,7 @@ def run_options(command: Callable[..., Any]) -> Callable[..., Any]:
         peer_port: int,
         lend_rate: int,
         drain_grace: float,
+        confine: str,
         **rest: Any,
     ) -> Any:
         from agent.daemon import Settings
@@ -120,6 +121,7 @@ def run_options(command: Callable[..., Any]) -> Callable[..., Any]:
             cache_bytes=cache_bytes,
             lending=Lending(allowed=lend, port=peer_port, bytes_per_s=lend_rate),
             drain_grace_s=drain_grace,
+            confine=confine,
         )
         return command(settings=settings, **rest)
 
@@ -168,6 +170,13 @@ def run_options(command: Callable[..., Any]) -> Callable[..., Any]:
                 show_default=True,
                 metavar="SECONDS",
                 help="How long SIGTERM waits for a coordinator that is away.",
+            ),
+            click.option(
+                "--confine",
+                type=click.Choice(["auto", "off", "require"]),
+                default="auto",
+                show_default=True,
+                help="Let workers see only their job's files (Landlock); auto: CPU workers, where the kernel can.",
             ),
         )
     ):

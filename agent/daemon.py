@@ -18,6 +18,7 @@ import grpc.aio
 import structlog
 
 from agent.blobs import BlobCache, BlobClient, ShardReports
+from agent.confinement import clean_environment, confines, hide
 from agent.enroll import renew, renewal_due, validity
 from agent.home import Home, StatusServer
 from agent.job import ElasticSeat, JobRun, SeatMaker, Tasks, WorkerSettings
@@ -57,6 +58,7 @@ class Settings:
     lending: Lending = field(default_factory=Lending)  # of the cache, to other agents
     drain_grace_s: float = 15.0  # how long a leaving agent waits for an absent coordinator
     worker_command: tuple[str, ...] = TRAINER
+    confine: str = "auto"  # or "off", or "require"
 
 
 def cards_of_environment(environment: Mapping[str, str]) -> tuple[int, ...] | None:
@@ -72,7 +74,7 @@ def worker_environments(
     base: Mapping[str, str], gpus: Sequence[agent_pb2.Gpu], interface: str | None
 ) -> tuple[dict[str, str], ...]:
     """One environment for each worker: one per lent card, or a single one on CPU."""
-    environment = {**base, **NCCL_ENVIRONMENT, "PYTHONUNBUFFERED": "1"}
+    environment = {**clean_environment(base), **NCCL_ENVIRONMENT, "PYTHONUNBUFFERED": "1"}
     if interface:
         environment.setdefault("GLOO_SOCKET_IFNAME", interface)
         environment.setdefault("NCCL_SOCKET_IFNAME", interface)
@@ -185,7 +187,10 @@ class Agent:
             command=settings.worker_command,
             environments=worker_environments(os.environ, found.gpus, interface),
             advertise_host=host,
+            confined=confines(settings.confine, cards=bool(found.gpus)),
         )
+        if not self._workers.confined:
+            log.warning("workers.not_confined", confine=settings.confine, cards=len(found.gpus))
         return found
 
     async def _renew_identity(self) -> None:
@@ -486,6 +491,7 @@ class Agent:
 
 def run(home: Home, identity: wire.Identity, settings: Settings) -> None:
     """Run the agent on this thread, which must be the main one.  Raise AgentError."""
+    hide()
     # The event loop carries plans and heartbeats: it must not wait 5 ms for a busy thread's turn to end.
     sys.setswitchinterval(0.0005)
 

@@ -14,6 +14,7 @@ from typing import Literal
 import grpc
 from cryptography import x509
 
+from agent import launch
 from agent.enroll import fetch_certificates, validity
 from agent.errors import AgentError
 from agent.home import Home
@@ -55,6 +56,7 @@ def examine(question: Question) -> Iterator[Finding]:
     yield from _torch()
     yield from _cards(question.gpus)
     yield from _disk(question.home)
+    yield _confinement()
     identity = None
     try:
         identity = wire.Identity.load(question.home.identity)
@@ -160,6 +162,21 @@ def _disk(home: Home) -> Iterator[Finding]:
         yield Finding(level="warn", subject="disk", detail=detail, advice=advice)
     else:
         yield ok("disk", detail)
+
+
+def _confinement() -> Finding:
+    version = launch.landlock_version()
+    if version:
+        detail = (
+            f"Landlock {version}: CPU workers see only their job's files; on cards with --confine require"
+        )
+        return ok("confinement", detail)
+    return Finding(
+        level="warn",
+        subject="confinement",
+        detail="this kernel has no Landlock: workers would run with all rights of this user",
+        advice="run the agent as a user of its own, or on Linux 5.13 or newer; docs/security.md says more",
+    )
 
 
 def _certificate(identity: wire.Identity) -> Iterator[Finding]:

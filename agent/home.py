@@ -41,7 +41,7 @@ def write_atomically(path: Path, data: bytes) -> None:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class JobFiles:
-    """The files of one job: `job.json`, `data/` and `cache/` for the workers, their logs."""
+    """The files of one job: `job.json`, `data/`, `cache/` and `tmp/` for the workers, their logs."""
 
     root: Path
 
@@ -56,6 +56,10 @@ class JobFiles:
     @property
     def cache(self) -> Path:
         return self.root / "cache"
+
+    @property
+    def temporary(self) -> Path:
+        return self.root / "tmp"
 
     def manifest(self, step: int) -> Path:
         return self.cache / "manifests" / f"{step}.json"
@@ -95,6 +99,7 @@ class Home:
         files = JobFiles(root=self.root / "jobs" / job_id)
         (files.cache / "manifests").mkdir(parents=True, exist_ok=True)
         files.data.mkdir(exist_ok=True)
+        files.temporary.mkdir(exist_ok=True)
         for directory in (files.cache, files.data):
             link = directory / "blobs"
             if not link.is_symlink():

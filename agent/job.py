@@ -24,6 +24,7 @@ import structlog
 
 from agent import control
 from agent.blobs import BlobClient, Checkpoint, Piece, ShardReports, dataset_pieces
+from agent.confinement import Launch
 from agent.errors import BlobError
 from agent.home import Home, JobFiles, write_atomically
 from agent.ledger import Ledger
@@ -83,6 +84,7 @@ class WorkerSettings:
     command: tuple[str, ...]  # followed by --job FILE
     environments: tuple[Mapping[str, str], ...]  # the whole environment of each slot's worker
     advertise_host: str
+    confined: bool = False
 
 
 class ElasticSeat(Protocol):
@@ -392,8 +394,9 @@ class JobRun:
     async def _spawn(self, slot: int) -> None:
         assert self._files is not None
         worker = Worker(slot, heard=self._heard, wrote=self._wrote, ended=self._ended)
+        launch = Launch(files=self._files, blobs=self._home.blobs, confined=self._settings.confined)
         environment = {
-            **self._settings.environments[slot],
+            **launch.environment(self._settings.environments[slot]),
             "MUSTER_CACHE": str(self._files.cache),
             "MUSTER_DATA": str(self._files.data),
             "MUSTER_JOB_ID": self.job_id,
@@ -404,7 +407,7 @@ class JobRun:
         self._slots[slot] = Slot(worker=worker)
         try:
             await worker.start(
-                (*self._settings.command, "--job", str(self._files.spec)),
+                launch.command((*self._settings.command, "--job", str(self._files.spec)), environment),
                 environment,
                 socket=self._home.run / f"w{slot}.sock",
                 directory=self._files.root,

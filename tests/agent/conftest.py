@@ -100,7 +100,7 @@ def member(
 async def volunteer(
     home: Home, coordinator: FakeCoordinator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> AsyncIterator[Volunteer]:
-    monkeypatch.setenv("MUSTER_TEST_HEARD", str(tmp_path / "heard"))
+    monkeypatch.setenv("MUSTER_STEP_TRACE", str(tmp_path / "heard"))
     someone = Volunteer(home, coordinator, tmp_path / "heard")
     yield someone
     await someone.stop()

@@ -1,5 +1,5 @@
 """A worker without torch: speaks the control protocol, appends every line it hears to the file named by
-MUSTER_TEST_HEARD, and does as the job's spec tells it under the key `fake`:
+MUSTER_STEP_TRACE, and does as the job's spec tells it under the key `fake`:
 
     die_before_warm: write a message and exit with status 3
     steps:           after forming, report so many steps, then finish
@@ -33,7 +33,7 @@ if fake.get("die_before_warm"):
 
 connection = socket.socket(socket.AF_UNIX)
 connection.connect(os.environ["MUSTER_CONTROL"])
-heard = Path(os.environ.get("MUSTER_TEST_HEARD", os.devnull))
+heard = Path(os.environ.get("MUSTER_STEP_TRACE", os.devnull))
 slot = int(os.environ["MUSTER_LOCAL_RANK"])
 
 

@@ -35,7 +35,7 @@ class Pair:
             raise AssertionError("no blob is moved here")
 
         blobs = BlobClient(nobody, BlobCache(home.blobs))
-        environment = {**os.environ, "MUSTER_TEST_HEARD": str(heard)}
+        environment = {**os.environ, "MUSTER_STEP_TRACE": str(heard)}
         self.job = JobRun(
             agent_pb2.Assignment(job_id="j1", spec_json=json.dumps({"fake": fake})),
             agent_id="a1",

@@ -25,7 +25,7 @@ async def process(
     coordinator: FakeCoordinator, home: Home, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> AsyncIterator[subprocess.Popen[bytes]]:
     """An agent with a job whose plan its worker has confirmed."""
-    monkeypatch.setenv("MUSTER_TEST_HEARD", str(tmp_path / "heard"))
+    monkeypatch.setenv("MUSTER_STEP_TRACE", str(tmp_path / "heard"))
     coordinator.authority.identity("a1", coordinator.address).save(home.identity)
     command = [sys.executable, "-m", "tests.agent.agent_process", str(home.root)]
     with subprocess.Popen(command, stdin=subprocess.DEVNULL) as child:  # noqa: ASYNC220 - a millisecond

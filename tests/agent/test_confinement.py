@@ -1,0 +1,121 @@
+"""What a real worker process can have and reach, with and without Landlock."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from agent import launch
+from agent.confinement import OPEN_FILES, Launch, clean_environment, confines
+from agent.errors import BadInput
+from agent.home import Home
+from agent.workers import Exit, Worker
+
+NOSY = str(Path(__file__).with_name("nosy_worker.py"))
+LANDLOCK = pytest.mark.skipif(launch.landlock_version() == 0, reason="this kernel has no Landlock")
+TRUSTED = {
+    "PATH": "/usr/bin", "HOME": "/home/v", "LANG": "C.UTF-8", "LC_ALL": "C", "NCCL_HOSTID": "h1",
+    "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "TORCH_NCCL_DUMP_ON_TIMEOUT": "0", "CUDA_CACHE_PATH": "/c",
+    "MUSTER_STEP_TRACE": "/t/trace", "PYTHONPATH": "/src",
+}  # fmt: skip
+SECRET = {
+    "AWS_SECRET_ACCESS_KEY": "s", "AWS_SESSION_TOKEN": "s", "GITHUB_TOKEN": "s", "HF_TOKEN": "s", "MUSTER_TOKEN": "s",
+    "MUSTER_IDENTITY": "/i", "MUSTER_AGENT_HOME": "/h", "SSH_AUTH_SOCK": "/s", "DATABASE_URL": "s", "LD_PRELOAD": "/x",
+    "TORCH_HUB_TOKEN": "s", "NVIDIA_API_KEY": "s", "PYTHONSTARTUP": "/p", "WANDB_API_KEY": "s", "KUBECONFIG": "/k",
+}  # fmt: skip
+
+
+def test_workers_get_what_training_needs_of_the_agents_environment_and_no_secret() -> None:
+    assert clean_environment({**TRUSTED, **SECRET}) == TRUSTED
+
+
+async def seen_by_a_worker(home: Home, tmp_path: Path, *, confined: bool) -> dict[str, Any]:
+    """Start the nosy worker as a job's and return what it saw."""
+    home.prepare()
+    (home.root / "identity.json").write_text("a private key")
+    trace = tmp_path / "traces" / "trace"
+    trace.parent.mkdir()
+    start = Launch(files=home.job("j1"), blobs=home.blobs, confined=confined)
+    environment = start.environment(
+        clean_environment({**os.environ, **SECRET, "MUSTER_STEP_TRACE": str(trace)})
+    )
+    looked_for = {"secret": str(home.root / "identity.json"), "outside": str(tmp_path / "outside")}
+    command = (sys.executable, NOSY, json.dumps(looked_for))
+    lines: list[str] = []
+    ended: asyncio.Future[Exit] = asyncio.get_running_loop().create_future()
+    worker = Worker(
+        0,
+        heard=lambda *_: None,
+        wrote=lambda _, line: lines.append(line),
+        ended=lambda _, end: ended.set_result(end),
+    )
+    leaked = os.open(looked_for["secret"], os.O_RDONLY)
+    os.set_inheritable(leaked, True)  # as a library might leave it
+    try:
+        await worker.start(
+            start.command(command, environment),
+            environment,
+            socket=home.run / "w0.sock",
+            directory=start.files.root,
+            log=start.files.log(0),
+        )
+        end = await ended
+    finally:
+        os.close(leaked)
+    assert end.status == 0, end.detail
+    found: dict[str, Any] = json.loads("".join(lines))
+    return found
+
+
+def check_limits(seen: dict[str, Any]) -> None:
+    assert not SECRET.keys() & seen["environment"].keys()
+    assert [one for one in seen["descriptors"] if one.startswith("/") and one != "/dev/null"] == []
+    assert seen["leads its group"]
+    assert seen["no new privileges"]
+    assert seen["core"] == [0, 0]
+    assert seen["files"][1] <= OPEN_FILES
+    assert (seen["own blob"], seen["own trace"], seen["shared memory"]) == ("done", "done", "done")
+
+
+@LANDLOCK
+async def test_a_confined_worker_reaches_its_job_and_nothing_of_its_host(home: Home, tmp_path: Path) -> None:
+    seen = await seen_by_a_worker(home, tmp_path, confined=True)
+    check_limits(seen)
+    for what in ("read", "write", "signal", "parent's memory"):
+        assert seen[what] == "PermissionError", what
+    assert not (tmp_path / "outside").exists()
+    assert seen["temporary"] == str(home.job("j1").temporary)
+
+
+async def test_a_worker_that_is_not_confined_has_its_limits_all_the_same(home: Home, tmp_path: Path) -> None:
+    seen = await seen_by_a_worker(home, tmp_path, confined=False)
+    check_limits(seen)
+    assert (seen["read"], seen["write"]) == ("done", "done")
+
+
+def test_confinement_that_is_required_and_impossible_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "landlock_version", lambda: 0)
+    assert not confines("auto", cards=False)
+    assert not confines("off", cards=False)
+    with pytest.raises(BadInput, match="no Landlock"):
+        confines("require", cards=False)
+
+
+def test_workers_on_cards_are_confined_only_when_it_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "landlock_version", lambda: 4)
+    assert confines("auto", cards=False)
+    assert not confines("auto", cards=True)
+    assert confines("require", cards=True)
+
+
+def test_the_agents_own_environment_is_closed_to_others_of_its_user() -> None:
+    code = "import ctypes; from agent.confinement import hide; hide(); print(ctypes.CDLL(None).prctl(3, 0, 0, 0, 0))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "0\n"
