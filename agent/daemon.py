@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import secrets
 import shutil
@@ -26,7 +27,7 @@ from agent.lobby import Lobby
 from agent.network import address_of, interface_of, reaching_address
 from agent.peers import Lending, PeerServer
 from agent.session import Session
-from protos import agent_pb2, agent_pb2_grpc, wire
+from protos import agent_pb2, agent_pb2_grpc, authorship, wire
 
 log = structlog.get_logger(__name__)
 
@@ -350,9 +351,20 @@ class Agent:
                 rebuild_timeout_s=self._welcome.rebuild_timeout_ms / 1000,
                 cache_bytes=self._settings.cache_bytes,
                 make_room=self.trim_cache,
+                objection=self._objection,
             )
             log.info("job.assigned", job=assignment.job_id, name=assignment.name)
             self._job.start()
+
+    def _objection(self, assignment: agent_pb2.Assignment) -> str:
+        """Why this job must not be run; "" if an admin of our authority signed it and it names no path outside."""
+        return authorship.problem(
+            authority_pem=self._identity.authority_pem,
+            certificate_pem=assignment.certificate_pem,
+            signature=assignment.signature,
+            spec_json=assignment.spec_json,
+            dataset_json=assignment.dataset_json,
+        ) or authorship.escape(json.loads(assignment.spec_json))
 
     async def _stop_job(self, reason: str) -> None:
         async with self._switching:

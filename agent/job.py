@@ -193,8 +193,10 @@ class JobRun:
         rebuild_timeout_s: float,
         cache_bytes: int,
         make_room: Callable[[int], Awaitable[None]],
+        objection: Callable[[agent_pb2.Assignment], str],
     ) -> None:
-        """`make_room(n)` removes from the cache what nobody needs, so that n bytes more fit its bound."""
+        """`make_room(n)` removes from the cache what nobody needs, so that n bytes more fit its bound.
+        `objection` says why a job must not be run on this machine; "" if it may."""
         self.job_id = assignment.job_id
         self.name = assignment.name
         self.generation = 0  # newest plan seen
@@ -213,6 +215,7 @@ class JobRun:
         self._connected = connected
         self._loop = asyncio.get_running_loop()
         self._make_seat = make_seat
+        self._objection = objection
         self._files: JobFiles | None = None
         self._step_timeout_s = step_timeout_s(json.loads(assignment.spec_json or "{}"))
         self._slots: dict[int, Slot] = {}
@@ -252,6 +255,11 @@ class JobRun:
         self._tasks.start(self._prepare())
 
     async def _prepare(self) -> None:
+        if objection := await asyncio.to_thread(self._objection, self._assignment):
+            self.problem = f"job file: it is not run here: {objection}"
+            log.error("job.refused", job=self.job_id, why=objection)
+            self._report(agent_pb2.FAILURE_KIND_PREPARE, self.problem)
+            return
         delay_s = 1.0
         while True:
             try:

@@ -7,6 +7,7 @@ import hashlib
 import json
 import secrets
 from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
 from typing import Any
 
 import grpc.aio
@@ -30,6 +31,7 @@ from coordinator.core.model import (
     JobCommanded,
     JobId,
     JobScaled,
+    JobSpec,
     JobSubmitted,
     Presence,
     Refusal,
@@ -40,11 +42,12 @@ from coordinator.core.model import (
     TokenId,
     TokenRevokeAsked,
 )
+from coordinator.identity import principal_of
 from coordinator.journal import PAGE_ROWS, Journal
 from coordinator.logs import LogBook
 from coordinator.loop import Loop
 from coordinator.sweep import Sweeper
-from protos import admin_pb2, admin_pb2_grpc, agent_pb2
+from protos import admin_pb2, admin_pb2_grpc, agent_pb2, authorship
 from protos.wire import JoinToken
 
 log = structlog.get_logger("coordinator.admin")
@@ -62,6 +65,7 @@ class AdminService(admin_pb2_grpc.AdminServiceServicer):
         logs: LogBook,
         sweeper: Sweeper,
         fingerprint: str,
+        authority_pem: str,
         enroll_port: Callable[[], int],
     ) -> None:
         self._loop = loop
@@ -72,6 +76,7 @@ class AdminService(admin_pb2_grpc.AdminServiceServicer):
         self._logs = logs
         self._sweeper = sweeper
         self._fingerprint = fingerprint
+        self._authority_pem = authority_pem
         self._enroll_port = enroll_port
 
     async def _decided(self, event: Event) -> None:
@@ -118,9 +123,29 @@ class AdminService(admin_pb2_grpc.AdminServiceServicer):
                     f"dataset_json: {len(missing)} of its {len(wanted)} blobs are not stored here, the first is "
                     f"{missing[0]}; upload the dataset first (`muster job submit` does)",
                 )
+        spec = self._signed(request, spec)
         job_id = JobId(names.new_id("j", self._loop.state.jobs))
         await self._decided(JobSubmitted(job_id=job_id, spec=spec))
         return admin_pb2.SubmitJobReply(job_id=job_id)
+
+    def _signed(self, request: admin_pb2.SubmitJobRequest, spec: JobSpec) -> JobSpec:
+        """The spec with the caller's signature; one without is taken, and agents will refuse it."""
+        certificate, signature = translate.authorship(request)
+        if not signature:
+            return spec
+        complaint = authorship.problem(
+            authority_pem=self._authority_pem,
+            certificate_pem=certificate,
+            signature=signature,
+            spec_json=spec.spec_json,
+            dataset_json=spec.dataset_json,
+        )
+        signer = principal_of(certificate.encode())
+        if not complaint and (signer is None or signer.id != caller.get().id):
+            complaint = "it was signed by somebody else than its sender"
+        if complaint:
+            raise CallRefusedError(Refusal.INVALID, f"signature: the job file is refused, for {complaint}")
+        return replace(spec, signature=signature.hex(), certificate_pem=certificate)
 
     async def CommandJob(  # noqa: N802
         self, request: admin_pb2.JobCommandRequest, _context: grpc.aio.ServicerContext

@@ -7,7 +7,6 @@ Imports nothing that is not needed to check a file on the operator's machine.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
@@ -130,8 +129,12 @@ def job_spec(found: Mapping[str, Any], dataset_json: str) -> JobSpec:
     """What the core needs of a job file; `spec_json` is the file itself as canonical JSON.
 
     Raise SettingError, also for a file that is larger than the coordinator hands on to agents."""
+    from protos import authorship  # brings cryptography along, which checking a file does not need
+
     job = parse(found)
-    spec_json = json.dumps(found, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+    if complaint := authorship.escape(found):
+        raise SettingError(f"job file: {complaint}")
+    spec_json = authorship.canonical(found)
     if len(spec_json.encode()) > MAX_SPEC_BYTES:
         raise SettingError(
             f"job file: {len(spec_json.encode())} bytes as JSON; at most {MAX_SPEC_BYTES} are allowed"

@@ -217,6 +217,7 @@ class Coordinator:
             logs=self.logs,
             sweeper=self._sweeper,
             fingerprint=self._authority.fingerprint,
+            authority_pem=self._authority.certificate_pem.decode(),
             enroll_port=lambda: split_address(self.addresses.enroll)[1],
         )
         agent_pb2_grpc.add_AgentServiceServicer_to_server(agents, server)

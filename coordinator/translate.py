@@ -58,6 +58,7 @@ from coordinator.core.model import (
 from coordinator.journal import EvaluationRow, StepRow
 from coordinator.logs import NewLine
 from protos import admin_pb2, agent_pb2
+from protos.authorship import MOST_BYTES as MOST_AUTHORSHIP_BYTES
 from protos.wire import CHUNK_BYTES
 
 MOST = 2**53 - 1  # the largest whole number that JSON readers agree on
@@ -280,6 +281,17 @@ def dataset_digests(dataset_json: str) -> list[str]:
     if isinstance(tokenizer, dict) and tokenizer.get("digest") is not None:
         found.append(digest(str(tokenizer["digest"]), "dataset_json.tokenizer.digest"))
     return list(dict.fromkeys(found))
+
+
+def authorship(request: admin_pb2.SubmitJobRequest) -> tuple[str, bytes]:
+    """(certificate, signature) of a job's operator; both may be empty."""
+    if len(request.signature) > MOST_AUTHORSHIP_BYTES:
+        raise MalformedError(f"signature: {len(request.signature)} bytes; at most {MOST_AUTHORSHIP_BYTES}")
+    if len(request.certificate_pem) > MOST_AUTHORSHIP_BYTES:
+        raise MalformedError(
+            f"certificate_pem: {len(request.certificate_pem)} characters; at most {MOST_AUTHORSHIP_BYTES}"
+        )
+    return request.certificate_pem, bytes(request.signature)
 
 
 def job_action(kind: int) -> JobAction:
@@ -676,6 +688,8 @@ def push(message: Push, state: State) -> agent_pb2.CoordinatorMessage | None:
                     dataset_json=job.spec.dataset_json,
                     committed_step=job.committed_step,
                     number=message.number,
+                    signature=bytes.fromhex(job.spec.signature),
+                    certificate_pem=job.spec.certificate_pem,
                 )
             )
         case PushUnassign():

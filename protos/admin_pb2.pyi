@@ -48,12 +48,16 @@ CHECKPOINT_COMMAND_KIND_UNPIN: CheckpointCommandKind
 CHECKPOINT_COMMAND_KIND_DELETE: CheckpointCommandKind
 
 class SubmitJobRequest(_message.Message):
-    __slots__ = ("spec_json", "dataset_json")
+    __slots__ = ("spec_json", "dataset_json", "signature", "certificate_pem")
     SPEC_JSON_FIELD_NUMBER: _ClassVar[int]
     DATASET_JSON_FIELD_NUMBER: _ClassVar[int]
+    SIGNATURE_FIELD_NUMBER: _ClassVar[int]
+    CERTIFICATE_PEM_FIELD_NUMBER: _ClassVar[int]
     spec_json: str
     dataset_json: str
-    def __init__(self, spec_json: _Optional[str] = ..., dataset_json: _Optional[str] = ...) -> None: ...
+    signature: bytes
+    certificate_pem: str
+    def __init__(self, spec_json: _Optional[str] = ..., dataset_json: _Optional[str] = ..., signature: _Optional[bytes] = ..., certificate_pem: _Optional[str] = ...) -> None: ...
 
 class SubmitJobReply(_message.Message):
     __slots__ = ("job_id",)

@@ -443,20 +443,24 @@ class ProgressAck(_message.Message):
     def __init__(self, job_id: _Optional[str] = ..., step: _Optional[int] = ...) -> None: ...
 
 class Assignment(_message.Message):
-    __slots__ = ("job_id", "name", "spec_json", "dataset_json", "committed_step", "number")
+    __slots__ = ("job_id", "name", "spec_json", "dataset_json", "committed_step", "number", "signature", "certificate_pem")
     JOB_ID_FIELD_NUMBER: _ClassVar[int]
     NAME_FIELD_NUMBER: _ClassVar[int]
     SPEC_JSON_FIELD_NUMBER: _ClassVar[int]
     DATASET_JSON_FIELD_NUMBER: _ClassVar[int]
     COMMITTED_STEP_FIELD_NUMBER: _ClassVar[int]
     NUMBER_FIELD_NUMBER: _ClassVar[int]
+    SIGNATURE_FIELD_NUMBER: _ClassVar[int]
+    CERTIFICATE_PEM_FIELD_NUMBER: _ClassVar[int]
     job_id: str
     name: str
     spec_json: str
     dataset_json: str
     committed_step: int
     number: int
-    def __init__(self, job_id: _Optional[str] = ..., name: _Optional[str] = ..., spec_json: _Optional[str] = ..., dataset_json: _Optional[str] = ..., committed_step: _Optional[int] = ..., number: _Optional[int] = ...) -> None: ...
+    signature: bytes
+    certificate_pem: str
+    def __init__(self, job_id: _Optional[str] = ..., name: _Optional[str] = ..., spec_json: _Optional[str] = ..., dataset_json: _Optional[str] = ..., committed_step: _Optional[int] = ..., number: _Optional[int] = ..., signature: _Optional[bytes] = ..., certificate_pem: _Optional[str] = ...) -> None: ...
 
 class Unassign(_message.Message):
     __slots__ = ("job_id", "reason")

@@ -82,7 +82,7 @@ def read_job_file(file: Path, settings: Sequence[str] = (), name: str | None = N
 
 def submit_job(coordinator: Coordinator, submission: Submission) -> str:
     """Upload what is missing of the dataset and submit; returns the job's id."""
-    from protos import admin_pb2
+    from protos import admin_pb2, authorship
 
     spec, dataset_json = dict(submission.spec), ""
     if submission.training is not None:
@@ -91,9 +91,14 @@ def submit_job(coordinator: Coordinator, submission: Submission) -> str:
         dataset_json = dataset.manifest_json
         # Volunteers get the dataset by digest; where it lay on this machine is nobody's business.
         spec["data"] = {"path": f"sha256:{dataset.id}"}
+    if complaint := authorship.escape(spec):
+        raise BadInput(f"{submission.file}: {complaint}")
+    spec_json = authorship.canonical(spec)
     request = admin_pb2.SubmitJobRequest(
-        spec_json=json.dumps(spec, sort_keys=True, separators=(",", ":"), ensure_ascii=False),
+        spec_json=spec_json,
         dataset_json=dataset_json,
+        signature=authorship.sign(coordinator.identity, spec_json, dataset_json),
+        certificate_pem=coordinator.identity.certificate_pem,
     )
     job_id: str = coordinator.call(coordinator.stub.SubmitJob, request).job_id
     return job_id

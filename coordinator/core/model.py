@@ -87,6 +87,10 @@ class JobSpec:
     """Checkpoints of steps that are a multiple of it are kept; 0: none is for that."""
     keep_best: int = 0
     """So many checkpoints with the lowest evaluation loss are kept."""
+    signature: str = ""
+    """The submitting operator's, hex, for the agents; empty if it was submitted without."""
+    certificate_pem: str = ""
+    """Of that operator."""
 
 
 # ----------------------------------------------------------------------------------- facts

@@ -4,6 +4,7 @@ records what it hears and says what the test tells it to."""
 from __future__ import annotations
 
 import asyncio
+import functools
 import hashlib
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
@@ -17,7 +18,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
-from protos import agent_pb2, agent_pb2_grpc, wire
+from protos import agent_pb2, agent_pb2_grpc, authorship, wire
 
 LEASE_MS = 2_000
 HEARTBEAT_MS = 100
@@ -61,6 +62,7 @@ class Authority:
         ca: bool = False,
         dns: str = "",
         agent_id: str = "",
+        uri: str = "",
     ) -> x509.Certificate:
         now = datetime.now(UTC)
         builder = (
@@ -75,6 +77,9 @@ class Authority:
         )
         if dns:
             builder = builder.add_extension(x509.SubjectAlternativeName([x509.DNSName(dns)]), critical=False)
+        if uri:
+            name_of_operator = x509.SubjectAlternativeName([x509.UniformResourceIdentifier(uri)])
+            builder = builder.add_extension(name_of_operator, critical=False)
         if agent_id:
             names = [
                 x509.UniformResourceIdentifier(f"muster://agent/{agent_id}"),
@@ -84,6 +89,33 @@ class Authority:
             builder = builder.add_extension(x509.SubjectAlternativeName(names), critical=False)
             builder = builder.add_extension(x509.ExtendedKeyUsage(purposes), critical=True)
         return builder.sign(self._key, hashes.SHA256())
+
+    @functools.cached_property
+    def admin(self) -> wire.Identity:
+        """Who signs jobs."""
+        key = ec.generate_private_key(ec.SECP256R1())
+        subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "admin")])
+        certificate = self._build(
+            subject,
+            self.certificate.subject,
+            key.public_key(),
+            timedelta(hours=1),
+            uri="muster://admin/admin",
+        )
+        return wire.Identity(
+            role="admin",
+            id="admin",
+            address="",
+            certificate_pem=_pem(certificate).decode(),
+            key_pem=_key_pem(key).decode(),
+            authority_pem=self.pem.decode(),
+        )
+
+    def signed(self, assignment: agent_pb2.Assignment) -> agent_pb2.Assignment:
+        """The same, with the admin's signature."""
+        assignment.signature = authorship.sign(self.admin, assignment.spec_json, assignment.dataset_json)
+        assignment.certificate_pem = self.admin.certificate_pem
+        return assignment
 
     def sign(self, csr_pem: bytes, agent_id: str, life: timedelta) -> bytes:
         csr = x509.load_pem_x509_csr(csr_pem)
@@ -182,6 +214,9 @@ class FakeCoordinator(agent_pb2_grpc.AgentServiceServicer):
         return self.sessions[-1]
 
     def say(self, **body: Any) -> None:
+        """To the newest session; an assignment is signed by an admin first, as the coordinator's would be."""
+        if "assignment" in body:
+            body["assignment"] = self.authority.signed(body["assignment"])
         self.session.say(**body)
 
     async def _note(self, message: agent_pb2.AgentMessage) -> None:

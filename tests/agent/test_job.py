@@ -51,6 +51,7 @@ class Pair:
             rebuild_timeout_s=5.0,
             cache_bytes=1 << 30,
             make_room=no_room,
+            objection=lambda _: "",
         )
 
     def _send(self, message: agent_pb2.AgentMessage) -> int:
