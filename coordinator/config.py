@@ -154,7 +154,7 @@ class Limits(Section):
     connections: int = Field(default=16_384, ge=16)
     """Connections that each port accepts at once."""
     connections_per_address: int = Field(default=2_048, ge=16)
-    """Connections one address (of IPv6: one /64) may have; the youngest beyond are closed."""
+    """Connections one address (of IPv6: one /64) may have; beyond, those that have said least are closed."""
 
 
 class CoordinatorConfig(Section):

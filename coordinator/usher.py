@@ -1,8 +1,9 @@
 """Shows out the connections of an address that has more than its share.
 
 gRPC bounds how many connections there are in all, and how long a handshake may take, but not whose they
-are.  So the sockets of this process are counted by peer, from the kernel's own table, and the youngest of
-an address that is over its bound are shut down; gRPC then sees them end like any other.  Linux only.
+are.  So the sockets of this process are counted by peer, from the kernel's own table, and where an address
+is over its bound those that have said least are shut down: an agent has shown a certificate and sent
+heartbeats, a stranger has not.  gRPC sees them end like any other connection.  Linux only.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import contextlib
 import ipaddress
 import os
 import socket
+import struct
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -20,7 +22,7 @@ import structlog
 
 log = structlog.get_logger("coordinator.usher")
 
-PERIOD_S = 0.5
+PERIOD_S = 1.0
 ESTABLISHED = "01"
 DESCRIPTORS = Path("/proc/self/fd")
 TABLES = (Path("/proc/self/net/tcp"), Path("/proc/self/net/tcp6"))
@@ -51,7 +53,7 @@ def connections(lines: Iterable[str], ports: frozenset[int]) -> dict[str, list[i
 
 
 class Usher:
-    """Looks twice a second, and costs nothing while there are fewer descriptors than one address may have."""
+    """Looks every second, and costs nothing while there are fewer descriptors than one address may have."""
 
     def __init__(self, most: int, ports: Callable[[], frozenset[int]]) -> None:
         self._most = most
@@ -77,27 +79,40 @@ class Usher:
         """Close what is too much; how much that was, by address."""
         if sum(1 for _ in DESCRIPTORS.iterdir()) <= self._most:
             return {}
-        ports = self._ports()
         lines = [line for table in TABLES if table.exists() for line in table.read_text().splitlines()[1:]]
-        unwanted: dict[int, str] = {}
-        for address, inodes in connections(lines, ports).items():
-            # Inodes are given out in order: the largest are the youngest, and who was there first stays.
-            unwanted |= dict.fromkeys(sorted(inodes)[self._most :], address)
-        closed: defaultdict[str, int] = defaultdict(int)
-        if unwanted:
-            for path in DESCRIPTORS.iterdir():
-                with contextlib.suppress(OSError, ValueError):
-                    inode = int(str(path.readlink()).removeprefix("socket:[").rstrip("]"))
-                    if inode in unwanted and _shut_down(int(path.name), inode):
-                        closed[unwanted[inode]] += 1
+        closed: dict[str, int] = {}
+        for address, inodes in connections(lines, self._ports()).items():
+            if len(inodes) <= self._most:
+                continue
+            found = _copies(frozenset(inodes))
+            found.sort(key=_bytes_received, reverse=True)
+            for connection in found[self._most :]:
+                with contextlib.suppress(OSError):  # it has just ended by itself
+                    connection.shutdown(socket.SHUT_RDWR)
+            for connection in found:
+                connection.close()
+            closed[address] = len(found) - self._most
         return closed
 
 
-def _shut_down(descriptor: int, inode: int) -> bool:
-    """End the connection whose socket this is.  gRPC may close the descriptor at any moment, and the number
-    may be another's by now: what counts is what our own copy of it is."""
-    with socket.socket(fileno=os.dup(descriptor)) as copy:
-        if os.fstat(copy.fileno()).st_ino != inode:
-            return False
-        copy.shutdown(socket.SHUT_RDWR)
-    return True
+def _copies(inodes: frozenset[int]) -> list[socket.socket]:
+    """Descriptors of our own for these sockets.  gRPC may close its own at any moment, and the number may be
+    another's by then: what counts is what the copy turns out to be."""
+    found: dict[int, socket.socket] = {}
+    for path in DESCRIPTORS.iterdir():
+        with contextlib.suppress(OSError, ValueError):
+            if int(str(path.readlink()).removeprefix("socket:[").rstrip("]")) not in inodes:
+                continue
+            copy = socket.socket(fileno=os.dup(int(path.name)))
+            inode = os.fstat(copy.fileno()).st_ino
+            if inode in inodes and inode not in found:  # a copy may meanwhile stand at a later number itself
+                found[inode] = copy
+            else:
+                copy.close()
+    return list(found.values())
+
+
+def _bytes_received(connection: socket.socket) -> int:
+    """tcpi_bytes_received of linux/tcp.h."""
+    info = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 136)
+    return int(struct.unpack_from("Q", info, 128)[0])

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import itertools
 import json
 import shutil
 import sys
@@ -40,6 +41,8 @@ LIMITS: dict[str, Any] = {
     "enrolments_per_s": 1,
     "enrolments_burst": 100,
     "session_queue": 64,
+    "session_messages_per_s": 50,
+    "session_burst": 500,
 }
 BLOBS: dict[str, Any] = {"reserve": 0, "chunk_timeout": "500ms", "slowest_upload": "1MiB"}
 
@@ -238,31 +241,50 @@ ATTACKS: dict[str, Callable[[Target, int], Awaitable[dict[str, int]]]] = {
 }
 
 
-@contextlib.asynccontextmanager
-async def honest_agent(target: Target) -> AsyncIterator[Callable[[], int]]:
-    """Heartbeats on one session for as long as the block runs; raises if the coordinator ends it.  What it
-    gives says how many heartbeats were answered."""
-    answered = 0
-    async with aio_channel(target.honest, target.musterd.addresses["main"]) as made:
+async def heartbeat_for_ever(identity: Identity) -> None:
+    """An honest agent, alone in its process: one line on standard output for each answered heartbeat."""
+    async with aio_channel(identity) as made:
         session = AgentSession(agent_pb2_grpc.AgentServiceStub(made))
         welcome = await session.hello("honest")
+        for sequence in itertools.count(1):
+            await session.say(heartbeat=agent_pb2.Heartbeat(sequence=sequence))
+            assert (await session.hear("heartbeat_ack")).heartbeat_ack.sequence == sequence
+            print(sequence, flush=True)
+            await asyncio.sleep(welcome.heartbeat_interval_ms / 1000)
 
-        async def beat() -> None:
-            nonlocal answered
-            while True:
-                answered += 1
-                await session.say(heartbeat=agent_pb2.Heartbeat(sequence=answered))
-                assert (await session.hear("heartbeat_ack")).heartbeat_ack.sequence == answered
-                await asyncio.sleep(welcome.heartbeat_interval_ms / 1000)
 
-        beating = asyncio.create_task(beat())
-        try:
-            yield lambda: answered
-        finally:
-            if beating.done():
-                beating.result()
-            beating.cancel()
-            await asyncio.gather(beating, return_exceptions=True)
+@contextlib.asynccontextmanager
+async def honest_agent(target: Target) -> AsyncIterator[Callable[[], int]]:
+    """Heartbeats on one session, from another process, for as long as the block runs; raises if they end before.
+    What it gives says how many were answered."""
+    identity = target.musterd.home / "honest.json"
+    target.honest.save(identity)
+    process = await asyncio.create_subprocess_exec(
+        sys.executable,
+        "-m",
+        "tests.coordinator.floods",
+        "--honest",
+        str(identity),
+        stdout=asyncio.subprocess.PIPE,
+    )
+    answered = 0
+    lines = process.stdout
+    assert lines is not None
+    await lines.readline()  # it is connected
+
+    async def count() -> None:
+        nonlocal answered
+        while line := await lines.readline():
+            answered = int(line)
+
+    counting = asyncio.create_task(count())
+    try:
+        yield lambda: answered
+    finally:
+        assert process.returncode is None, "the honest agent's session ended"
+        process.kill()
+        await process.wait()
+        await counting
 
 
 async def losses(target: Target) -> list[str]:
@@ -302,4 +324,8 @@ async def flood(connections: int) -> int:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--connections", type=int, default=10_000)
-    sys.exit(asyncio.run(flood(parser.parse_args().connections)))
+    parser.add_argument("--honest", type=Path, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.honest is not None:
+        asyncio.run(heartbeat_for_ever(Identity.load(arguments.honest)))
+    sys.exit(asyncio.run(flood(arguments.connections)))
