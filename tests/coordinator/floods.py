@@ -33,7 +33,7 @@ from tests.coordinator.harness import AgentSession, signing_request
 from tests.processes import Musterd, init_home, start_musterd
 
 TIMEOUT_S = 60.0
-LEASE = "2s"
+LEASE = "6s"
 PER_ADDRESS = 100
 LIMITS: dict[str, Any] = {
     "handshake_timeout": "2s",
