@@ -242,7 +242,7 @@ class Coordinator:
         )
 
         def guessed(peer: str) -> None:
-            rates.take(host_of(peer), GUESS_COSTS - 1)
+            rates.charge(host_of(peer), GUESS_COSTS - 1)
 
         service = EnrollService(
             loop=self.loop,

@@ -1,5 +1,5 @@
 """A worker without torch: speaks the control protocol, appends every line it hears to the file named by
-MUSTER_STEP_TRACE, and does as the job's spec tells it under the key `fake`:
+MUSTER_STEP_TRACE, and does as the job's spec tells it under the key `fake` (or `model.fake`, which a real coordinator lets pass):
 
     die_before_warm: write a message and exit with status 3
     steps:           after forming, report so many steps, then finish
@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 job = json.loads(Path(sys.argv[sys.argv.index("--job") + 1]).read_text())
-fake: dict[str, Any] = job.get("fake", {})
+fake: dict[str, Any] = job.get("fake", {}) or job.get("model", {}).get("fake", {})
 print("fake worker starts", flush=True)
 if fake.get("die_before_warm"):
     print("ValueError: model.layers: found 0", flush=True)

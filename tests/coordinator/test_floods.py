@@ -34,8 +34,8 @@ async def test_an_honest_agent_keeps_its_lease_through_every_flood(tmp_path: Pat
         assert silent == {"opened": many, "closed": many}
         assert unread == {"sessions": 1, "ended": 1}
         assert large == {"RESOURCE_EXHAUSTED": 20}
-        assert slow["UNAVAILABLE"] == 8, "as many as one identity may have under way, all too slow"
-        assert "stored" not in slow
+        # Eight at a time: whoever came while they were under way was turned away, and none of them was stored.
+        assert set(slow) == {"UNAVAILABLE", "REFUSAL_RATE_LIMITED"}
         assert guessed["REFUSAL_TOKEN_UNKNOWN"] <= 20, (
             "a wrong token counts as ten of a hundred, at one a second"
         )

@@ -71,6 +71,17 @@ def test_a_bucket_allows_its_burst_and_then_its_rate() -> None:
     assert [bucket.take() for _ in range(2)] == [True, False]
 
 
+def test_a_bucket_charges_on_credit_of_one_burst() -> None:
+    now = [0.0]
+    bucket = Bucket(per_s=1, burst=3, monotonic=lambda: now[0])
+    assert bucket.take()
+    bucket.charge(100)
+    now[0] = 3.9
+    assert not bucket.take()
+    now[0] = 4.1
+    assert bucket.take()
+
+
 def test_buckets_of_peers_do_not_mix_and_are_bounded() -> None:
     buckets = Buckets(per_s=0.001, burst=1)
     assert buckets.take("a")
