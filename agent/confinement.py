@@ -114,7 +114,9 @@ class Launch:
         """`command`, started through launch.py."""
         settings: dict[str, object] = {"open_files": OPEN_FILES, "read": None, "write": None}
         if self.confined:
-            settings["read"] = [*_READABLE, *_code(command, environment)]
+            # Where a resolver keeps it elsewhere (/run/systemd/resolve), it is written anew by renaming.
+            names = Path("/etc/resolv.conf").resolve().parent
+            settings["read"] = [*_READABLE, str(names), *_code(command, environment)]
             settings["write"] = [*_WRITABLE, *_devices(), *self._own(environment)]
         return (sys.executable, "-I", "-S", launch.__file__, json.dumps(settings), *command)
 

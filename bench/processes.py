@@ -75,6 +75,10 @@ class Park:
         """Kill everything started here and its descendants, and wait until they are gone."""
         deadline = time.monotonic() + 10
         # A process may be forking while it is looked for, so look until nothing is found.
+        # Agents let nobody but root read their environment, and give none of it to their workers, which die
+        # with them: what was started here is killed as such.
+        for started in self._started:
+            started.kill()
         while (found := self.marked()) and time.monotonic() < deadline:
             for process in found:
                 with contextlib.suppress(psutil.Error):
