@@ -380,12 +380,17 @@ class AdminService(admin_pb2_grpc.AdminServiceServicer):
     ) -> AsyncIterator[admin_pb2.StepsReply]:
         after = translate.sequence(request.after_step, "after_step")
         job_id = (await self._job(request.job)).job_id
-        evaluated = after
+        evaluated, shown = after, 0
         while True:
             news = self._loop.record_bell.next
-            ended = await self._loop.query(lambda state, _: state.jobs[job_id].phase in ENDED)
+            job = await self._loop.query(lambda state, _: state.jobs[job_id])
+            ended = job.phase in ENDED
+            if job.committed_step < shown:  # it went back: what was shown is made anew
+                after = shown = job.committed_step
+                evaluated = min(evaluated, after)
             steps = await asyncio.to_thread(self._journal.steps, job_id, after)
-            after = steps[-1].step if steps else after
+            if steps:
+                after = shown = steps[-1].step
             evaluations = await asyncio.to_thread(self._journal.evaluations, job_id, evaluated, after)
             evaluated = evaluations[-1].step if evaluations else evaluated
             if steps or evaluations:

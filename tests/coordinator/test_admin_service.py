@@ -605,6 +605,8 @@ async def test_a_rollback_ends_the_generation_and_names_who_wanted_it(pair: Pair
     await pair.progress(1, 2)
     assert (await pair.checkpoint(2, [b"state"]))[-1]
     assert await pair.progress(3, 4) == 4
+    following = admin.Steps(admin_pb2.StepsRequest(job="demo", follow=True))
+    assert [row.step for row in (await following.read()).steps] == [1, 2, 3, 4]
     for step, wanted in ((3, agent_pb2.REFUSAL_UNKNOWN_CHECKPOINT), (0, agent_pb2.REFUSAL_INVALID)):
         request = admin_pb2.RollBackJobRequest(job="demo", step=step)
         assert (await refusal(admin.RollBackJob(request)))[0] == wanted
@@ -631,6 +633,11 @@ async def test_a_rollback_ends_the_generation_and_names_who_wanted_it(pair: Pair
         assert (plan.from_checkpoint, plan.committed_step, plan.lineage) == (True, 2, plan.generation)
         assert json.loads(plan.checkpoint_json)["step"] == 2
         assert not any(member.holds_state for member in plan.members)
+    pair.generation = plan.generation
+    for session in pair.sessions:
+        await session.say(formed=agent_pb2.Formed(job_id=pair.job_id, generation=plan.generation, step=2))
+    assert await pair.progress(3, 3) == 3
+    assert [row.step for row in (await following.read()).steps] == [3]
 
 
 # ------------------------------------------------------------------------------------- around
