@@ -43,6 +43,7 @@ from coordinator.core.model import (
     DurableRecord,
     EvaluationRecorded,
     FailureCounted,
+    GapSeen,
     Generation,
     GenerationPlanned,
     Job,
@@ -68,6 +69,7 @@ from coordinator.core.model import (
     StatesDiffered,
     StepsCommitted,
     StepsRolledBack,
+    StepsUnrecorded,
     StrikeCounted,
     Timing,
     Token,
@@ -342,6 +344,9 @@ def describe(record: Record) -> str:
             return f"job {record.job_id} failed at agent {record.agent_id}: {record.failure.value}: {record.detail}"
         case StepsCommitted():
             return f"job {record.job_id} committed steps {record.first_step} to {record.last_step}"
+        case StepsUnrecorded():
+            steps = f"{record.first_step} to {record.last_step}"
+            return f"job {record.job_id}: records of steps {steps} are lost with the agents that had them"
         case StepsRolledBack():
             return f"job {record.job_id} goes back to step {record.to_step}: later ones will be made again"
         case JobRolledBack():
@@ -388,6 +393,8 @@ def describe(record: Record) -> str:
             return f"agent {record.agent_id} is idle{_because(record.reason)}"
         case WaitChanged():
             return f"job {record.job_id} waits since {record.gathered_ms or record.standby_ms or 'now'}"
+        case GapSeen():
+            return f"job {record.job_id}: the record of the steps before {record.known_from} is missing"
         case LeasesRefreshed():
             return f"the coordinator started; {len(record.until_ms)} agents have a fresh lease"
         case _:

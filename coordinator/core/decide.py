@@ -45,6 +45,7 @@ from coordinator.core.model import (
     FailureKind,
     FinishedReceived,
     FormedReceived,
+    GapSeen,
     Generation,
     GoodbyeReceived,
     HeartbeatReceived,
@@ -87,6 +88,7 @@ from coordinator.core.model import (
     State,
     StepsCommitted,
     StepsRolledBack,
+    StepsUnrecorded,
     StrikeCounted,
     Tick,
     Token,
@@ -105,7 +107,7 @@ MAX_NODES = 1_024
 
 
 def decide(state: State, now_ms: int, event: Event) -> Decision:
-    """Judge `event`.  A refusal is a reply, never an exception, and comes without records."""
+    """Judge `event`.  A refusal is a reply, never an exception; what it shows may be kept all the same."""
     match event:
         case Tick():
             return Decision()
@@ -480,15 +482,30 @@ def _progress(state: State, now_ms: int, job: Job, event: ProgressReceived) -> D
             Refusal.NOT_A_MEMBER,
             f"agent {event.agent_id} has not formed generation {generation.number}, so it has no step of it",
         )
+    hole: tuple[Record, ...] = ()
     if event.first_step > job.committed_step + 1:
-        return _refuse(
-            Refusal.INVALID,
-            f"steps: found {event.first_step} to {event.last_step}; the next is {job.committed_step + 1}",
+        if not _nobody_has(state, now_ms, job, generation, event):
+            message = (
+                f"steps: found {event.first_step} to {event.last_step}; the next is {job.committed_step + 1}"
+            )
+            lower = not job.known_from or event.first_step < job.known_from
+            seen = GapSeen(at_ms=now_ms, job_id=job.job_id, known_from=event.first_step)
+            return Decision(
+                records=(seen,) if lower else (), reply=Refused(refusal=Refusal.INVALID, message=message)
+            )
+        hole = (
+            StepsUnrecorded(
+                at_ms=now_ms,
+                job_id=job.job_id,
+                first_step=job.committed_step + 1,
+                last_step=event.first_step - 1,
+            ),
         )
-    first_step = job.committed_step + 1
+    first_step = max(event.first_step, job.committed_step + 1)
     share = (event.last_step - first_step + 1) / (event.last_step - event.first_step + 1)
     return Decision(
         records=(
+            *hole,
             StepsCommitted(
                 at_ms=now_ms,
                 job_id=job.job_id,
@@ -501,6 +518,21 @@ def _progress(state: State, now_ms: int, job: Job, event: ProgressReceived) -> D
         ),
         reply=ProgressAccepted(first_new_step=first_step, last_step=event.last_step),
     )
+
+
+def _nobody_has(state: State, now_ms: int, job: Job, generation: Generation, event: ProgressReceived) -> bool:
+    """Whether the records of the steps before this report will not come any more.
+
+    All members started from a later step, so those steps are part of what they hold; but whoever made them
+    died, or is cut off, before it had reported them.  Who is there has said what it knows within two leases
+    of the formation, or of our own start.  To wait for ever would mean that no step is recorded, and no
+    checkpoint committed, until all members are gone too."""
+    if generation.formed_ms is None or event.generation != generation.number:
+        return False
+    if not 0 < event.first_step <= job.known_from:
+        return False  # somebody has more
+    since_ms = max(generation.formed_ms, state.started_ms)
+    return event.first_step <= generation.formed_step + 1 and now_ms >= since_ms + 2 * state.timing.lease_ms
 
 
 def _evaluated(now_ms: int, job: Job, event: EvaluationsReceived) -> Decision:

@@ -41,6 +41,7 @@ from coordinator.core.model import (
     EvaluationRecorded,
     FailureCounted,
     FailureKind,
+    GapSeen,
     Generation,
     GenerationPlanned,
     Job,
@@ -71,6 +72,7 @@ from coordinator.core.model import (
     StatesDiffered,
     StepsCommitted,
     StepsRolledBack,
+    StepsUnrecorded,
     StrikeCounted,
     TokenCreated,
     TokenRevoked,
@@ -256,6 +258,9 @@ def evolve(state: State, record: Record) -> None:
             )
         case StepsCommitted():
             _commit_steps(state, record)
+        case StepsUnrecorded():
+            job = state.jobs[record.job_id]
+            _set_job(state, job, committed_step=record.last_step, committed_digest="", known_from=0)
         case StepsRolledBack():
             job = state.jobs[record.job_id]
             _set_job(
@@ -263,6 +268,7 @@ def evolve(state: State, record: Record) -> None:
                 job,
                 committed_step=record.to_step,
                 committed_digest="",
+                known_from=0,
                 failed_step=min(job.failed_step, record.to_step),
                 pending=tuple(p for p in job.pending if p.step <= record.to_step),
                 evaluations=tuple(e for e in job.evaluations if e.step <= record.to_step),
@@ -336,6 +342,9 @@ def evolve(state: State, record: Record) -> None:
                 gathered_ms=record.gathered_ms,
                 standby_ms=record.standby_ms,
             )
+        case GapSeen():
+            job = state.jobs[record.job_id]
+            state.jobs[record.job_id] = replace(job, known_from=record.known_from)
         case LeasesRefreshed():
             _refresh(state, record)
         case _:
@@ -599,7 +608,7 @@ def _form(state: State, record: MemberFormed) -> None:
             generation,
             formed=formed,
             formed_ms=record.at_ms if complete else None,
-            formed_step=record.step,
+            formed_step=min(generation.formed_step, record.step) if generation.formed else record.step,
             formed_digest=digest,
             holders=holders,
         ),
@@ -618,6 +627,7 @@ def _commit_steps(state: State, record: StepsCommitted) -> None:
         committed_step=record.last_step,
         committed_digest="",
         total_tokens=job.total_tokens + record.tokens,
+        known_from=0,
         failures=0 if forgiven else job.failures,
         prepare_failed=() if forgiven else job.prepare_failed,
     )
@@ -711,5 +721,5 @@ def _refresh(state: State, record: LeasesRefreshed) -> None:
             idle_unmet=(),
         )
     for job_id, job in state.jobs.items():
-        state.jobs[job_id] = replace(job, gathered_ms=None, standby_ms=None)
+        state.jobs[job_id] = replace(job, gathered_ms=None, standby_ms=None, known_from=0)
     look_at_everything(state)

@@ -361,7 +361,7 @@ class Generation:
     """Members, or agents leaving, that are out for good though their agent may live."""
     holders: tuple[AgentId, ...] = ()
     """Agents whose workers have the committed state in memory."""
-    formed_step: int = 0  # the step that the last to confirm began from
+    formed_step: int = 0  # the lowest step that those who have confirmed say they start from
     checkpoint_asked: bool = False  # a checkpoint was asked for outside its turn
     formed_digest: str = ""  # state digest on which all that have confirmed agree, else empty
     # (peer evidence) members that reported a failed collective in this generation
@@ -449,6 +449,7 @@ class Job:
     evaluations: tuple[Evaluation, ...] = ()  # the newest few, by step: their checkpoint may be on its way
     gathered_ms: int | None = None  # when min_nodes were first ready (last call starts)
     standby_ms: int | None = None  # when the first ready standby appeared while RUNNING
+    known_from: int = 0  # the lowest step beyond a gap that a member has the record of; 0 if there is no gap
     rollback: Rollback | None = None  # the last one
     lineage: int = 0
     """Number of the last generation that began from a checkpoint or afresh; after a rollback, of the one
@@ -460,7 +461,7 @@ class Job:
     prepare_failed: tuple[AgentId, ...] = ()  # whose failures outside a generation were counted
 
 
-VOLATILE_OF_JOB = frozenset({"gathered_ms", "standby_ms"})
+VOLATILE_OF_JOB = frozenset({"gathered_ms", "standby_ms", "known_from"})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -1023,6 +1024,16 @@ class StepsCommitted:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class StepsUnrecorded:
+    """The members' state has these steps, but whoever had their records is gone: the step log has a hole."""
+
+    at_ms: int
+    job_id: JobId
+    first_step: int
+    last_step: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class StepsRolledBack:
     """Training goes on from a checkpoint, since all state was lost or an operator wants it; later steps will
     be computed again.
@@ -1196,6 +1207,15 @@ class WaitChanged:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class GapSeen:
+    """A member has records from `known_from` on, and nobody has yet sent those before."""
+
+    at_ms: int
+    job_id: JobId
+    known_from: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class LeasesRefreshed:
     at_ms: int
     until_ms: tuple[tuple[AgentId, int], ...]
@@ -1228,6 +1248,7 @@ DurableRecord = (
     | StatesDiffered
     | FailureCounted
     | StepsCommitted
+    | StepsUnrecorded
     | StepsRolledBack
     | JobRolledBack
     | ShardRecorded
@@ -1242,7 +1263,9 @@ DurableRecord = (
     | PeerAccused
     | PeerTrusted
 )
-VolatileRecord = LeaseRenewed | SessionEnded | AgentReadied | AgentIdled | WaitChanged | LeasesRefreshed
+VolatileRecord = (
+    LeaseRenewed | SessionEnded | AgentReadied | AgentIdled | WaitChanged | GapSeen | LeasesRefreshed
+)
 Record = DurableRecord | VolatileRecord
 
 

@@ -24,6 +24,7 @@ from coordinator.core.model import (
     State,
     StepsCommitted,
     StepsRolledBack,
+    StepsUnrecorded,
 )
 from coordinator.core.settle import next_deadline, settle
 from coordinator.core.step import Outcome
@@ -118,6 +119,10 @@ class Journal:
                     if generation.cut is Cut.AFTER_STEP:
                         assert generation.members[0].agent_id in held, "who holds the state leads"
             case StepsCommitted(job_id=job_id):
+                assert record.first_step == self._step.get(job_id, 0) + 1
+                assert record.last_step >= record.first_step
+                self._step[job_id] = record.last_step
+            case StepsUnrecorded(job_id=job_id):
                 assert record.first_step == self._step.get(job_id, 0) + 1
                 assert record.last_step >= record.first_step
                 self._step[job_id] = record.last_step

@@ -988,7 +988,7 @@ class JobRun:
         self._after(PROGRESS_RETRY_MS, again)
 
     def _send_progress(self) -> None:
-        if not self._reports_steps or self._progress is not None or not self.process.connected:
+        if not self.reports_steps or self._progress is not None or not self.process.connected:
             return
         progress = self.ledger.batch(self.job_id, self.generation)
         if progress is not None:
@@ -999,12 +999,12 @@ class JobRun:
         self._send_progress()
 
     @property
-    def _reports_steps(self) -> bool:
+    def reports_steps(self) -> bool:
         return self._leads or 0 < self.ledger.first_step <= self._backlog
 
     @property
     def _settled(self) -> bool:
-        return not self._reports_steps or not len(self.ledger) or self._refusals >= REFUSALS_ENDURED
+        return not self.reports_steps or not len(self.ledger) or self._refusals >= REFUSALS_ENDURED
 
     def _check_finished(self) -> None:
         whole = len(self.slots) == self.process.machine.worker_count

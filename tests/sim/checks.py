@@ -42,6 +42,7 @@ from coordinator.core.model import (
     State,
     StepsCommitted,
     StepsRolledBack,
+    StepsUnrecorded,
     Timing,
 )
 from coordinator.core.settle import next_deadline, settle
@@ -80,6 +81,8 @@ class Checks:
         self._manifest_ms: dict[JobId, int] = {}
         self._stores: dict[tuple[str, int], None] = {}
         self._acknowledged: dict[JobId, int] = {}
+        self._lineage: dict[JobId, int] = {}  # generation that began the state which counts
+        self._holes: dict[JobId, dict[int, None]] = {}  # steps without a record
         self._restorable: dict[JobId, dict[int, None]] = {}  # steps of checkpoints
         self.deleted: dict[JobId, None] = {}  # jobs of which an operator deleted a checkpoint
         self._pinned: dict[tuple[JobId, int], None] = {}
@@ -229,6 +232,8 @@ class Checks:
         number = self._generation.get(job_id, 0) + 1
         require(generation.number == number, f"generation {generation.number} is planned after {number - 1}")
         self._generation[job_id] = number
+        if generation.fresh or generation.from_checkpoint_step is not None:
+            self._lineage[job_id] = number
         step = self._step.get(job_id, 0)
         require(
             generation.committed_step == step, f"a plan says step {generation.committed_step}; it is {step}"
@@ -263,7 +268,8 @@ class Checks:
 
     def _check_evaluation(self, coordinator: Coordinator, record: EvaluationRecorded) -> None:
         truth, found = self.fleet.truth, record.evaluation
-        if record.job_id in truth.tainted or record.job_id in truth.corrupted:
+        unknown = found.step not in coordinator.step_log[record.job_id]
+        if unknown or record.job_id in truth.tainted or record.job_id in truth.corrupted:
             return
         vote = truth.of_row(coordinator.step_log[record.job_id][found.step].loss)
         require(
@@ -272,6 +278,7 @@ class Checks:
         )
 
     def _check_rollback(self, record: JobRolledBack) -> None:
+        self._lineage[record.job_id] = self._generation.get(record.job_id, 0) + 1
         steps = self._restorable[record.job_id]
         require(record.to_step in steps, f"taken back to {record.to_step}, which cannot be restored")
         given_up = [step for step in steps if step > record.to_step]
@@ -312,11 +319,32 @@ class Checks:
         honest = self.fleet.truth.is_honest(job_id, checkpoint.state_digest, checkpoint.step)
         require(honest, f"checkpoint {checkpoint.step} holds a state of another step")
 
+    def unrecorded(self, record: StepsUnrecorded) -> None:
+        """The log gets a hole: nobody who is there may know what was in it."""
+        job_id = record.job_id
+        require(record.first_step == self._step.get(job_id, 0) + 1, "a hole that does not follow")
+        require(record.last_step >= record.first_step, "a hole without a step")
+        self._step[job_id] = record.last_step
+        self._holes.setdefault(job_id, {}).update(
+            dict.fromkeys(range(record.first_step, record.last_step + 1))
+        )
+        for machine in self.fleet.machines:
+            process = machine.process
+            if process is None or not process.alive or process.job is None or not process.connected:
+                continue
+            run = process.job
+            if run.job_id != job_id or run.stopping or machine.cut_up or machine.cut_down:
+                continue
+            first = run.ledger.first_step
+            knows = first and first <= record.last_step and run.reports_steps
+            require(not knows, f"steps {record.first_step} to {record.last_step} are known to {process.name}")
+
     def logged(self, step_log: dict[JobId, dict[int, StepRow]], row: StepRow) -> None:
         """A step has been added to the log."""
         job_id = JobId(row.job_id)
         log = step_log[job_id]
-        require(len(log) == row.step, f"step {row.step} of {job_id} is in a log of {len(log)} steps")
+        known = len(log) + len(self._holes.get(job_id, ()))
+        require(known == row.step, f"step {row.step} of {job_id} is in a log of {known} steps")
         training = self.fleet.trainings[job_id]
         require(row.slices == training.slices, f"step {row.step} was committed with {row.slices} slices")
         right = self.fleet.truth.data(row.step, training.slices)
@@ -326,7 +354,7 @@ class Checks:
             (vote.job_id, vote.step) == (job_id, row.step), f"step {row.step} is recorded with another's vote"
         )
         require(vote.completed, f"step {row.step} is recorded, but its vote completed nowhere")
-        if row.step > 1 and job_id not in self.fleet.truth.tainted:
+        if row.step - 1 in log and job_id not in self.fleet.truth.tainted:
             self._check_descent(log, row)
 
     def _check_descent(self, log: dict[int, StepRow], row: StepRow) -> None:
@@ -344,9 +372,11 @@ class Checks:
         before = self._step.get(job_id, 0)
         require(record.to_step < before, f"rolled back from {before} to {record.to_step}")
         self._step[job_id] = record.to_step
+        for step in [s for s in self._holes.get(job_id, ()) if s > record.to_step]:
+            del self._holes[job_id][step]
         self._acknowledged[job_id] = min(self._acknowledged.get(job_id, 0), record.to_step)
         if not wanted:
-            self.fleet.nobody_holds(job_id, before)
+            self.fleet.nobody_holds(job_id, before, self._lineage.get(job_id, 0))
 
     # ------------------------------------------------------------------------- of the shell
 

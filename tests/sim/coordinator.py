@@ -35,6 +35,7 @@ from coordinator.core.model import (
     SessionOpened,
     State,
     StepsRolledBack,
+    StepsUnrecorded,
     Tick,
     Timing,
 )
@@ -298,6 +299,9 @@ class Coordinator:
                 self._snapshot = (len(self.journal), codec.encode_state(self.state))
 
     def _keep_steps(self, ticket: Ticket, outcome: Outcome) -> None:
+        for record in outcome.records:
+            if isinstance(record, StepsUnrecorded):
+                self.checks.unrecorded(record)
         if isinstance(outcome.reply, ProgressAccepted):
             new = range(outcome.reply.first_new_step, outcome.reply.last_step + 1)
             for row in ticket.rows:

@@ -622,7 +622,7 @@ class Fleet:
 
     # ------------------------------------------------------------------------- what is expected
 
-    def nobody_holds(self, job_id: JobId, step: int) -> None:
+    def nobody_holds(self, job_id: JobId, step: int, lineage: int) -> None:
         """Committed steps were just given up: nobody whom the coordinator sees may have had them."""
         if job_id in self.truth.tainted:
             return
@@ -641,6 +641,7 @@ class Fleet:
                 and not process.lies_ready  # nor is it believed where it would be right
                 and agent.readiness is not None
                 and agent.readiness.holds_state
+                and agent.readiness.generation >= lineage
                 and self._holds(process, step)
             ):
                 raise Violation(
