@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
-from coordinator.core.checkpoints import newest_good
+from coordinator.core.checkpoints import MAX_STEPS_AHEAD, newest_good
 from coordinator.core.model import (
     ENDED,
     Agent,
@@ -230,14 +230,18 @@ def holds_state(state: State, job: Job, agent_id: AgentId) -> bool:
         return False
     if agent_id in generation.holders:
         return True
-    readiness = state.agents[agent_id].readiness
+    agent = state.agents[agent_id]
+    readiness = agent.readiness
     if readiness is None or not readiness.holds_state or job.committed_step == 0:
         return False
     if readiness.generation < job.lineage:
         return False  # of a state that was given up
     if readiness.step == job.committed_step and readiness.state_digest and job.committed_digest:
         return readiness.state_digest == job.committed_digest
-    return job.committed_step <= readiness.step <= job.committed_step + 1
+    # A process that was in the newest generation, and lost one of its workers, may know of steps that nobody
+    # could report; another is not believed to be further than the step that may be on its way.
+    ahead = MAX_STEPS_AHEAD if agent.last_generation == generation.number else 1
+    return job.committed_step <= readiness.step <= job.committed_step + ahead
 
 
 def counted_holders(state: State, job: Job, agents: tuple[AgentId, ...]) -> tuple[AgentId, ...]:
