@@ -66,7 +66,7 @@ def values(hint: Any) -> st.SearchStrategy[Any]:
 
 
 @pytest.mark.parametrize("kind", get_args(DurableRecord), ids=lambda kind: kind.__name__)
-@settings(max_examples=25, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(data=st.data())
 def test_every_durable_record_is_read_back_as_it_was(kind: type, data: st.DataObject) -> None:
     record = data.draw(values(kind))
@@ -78,7 +78,7 @@ def test_every_durable_record_is_read_back_as_it_was(kind: type, data: st.DataOb
 
 
 @pytest.mark.parametrize("kind", get_args(VolatileRecord), ids=lambda kind: kind.__name__)
-@settings(max_examples=25, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(data=st.data())
 def test_volatile_records_are_described_but_never_stored(kind: type, data: st.DataObject) -> None:
     record = data.draw(values(kind))
