@@ -277,7 +277,7 @@ class AdminService(admin_pb2_grpc.AdminServiceServicer):
         self, request: admin_pb2.JobRef, _context: grpc.aio.ServicerContext
     ) -> admin_pb2.Views:
         job = await self._job(request.job)
-        return _views([views.checkpoint(job, found) for found in job.checkpoints])
+        return _views(views.checkpoint_list(job))
 
     async def _checkpoint(
         self, request: admin_pb2.CheckpointRef | admin_pb2.CheckpointCommandRequest

@@ -291,8 +291,18 @@ def garbage(found: Sequence[Unreferenced], *, dry_run: bool) -> View:
     }
 
 
+def checkpoint_list(one: Job) -> list[View]:
+    """A job's committed checkpoints, by step."""
+    reasons = checkpoints.kept(one)
+    return [_checkpoint(one, found, reasons[found.step]) for found in one.checkpoints]
+
+
 def checkpoint(one: Job, found: Checkpoint) -> View:
     """One committed checkpoint."""
+    return _checkpoint(one, found, checkpoints.kept(one).get(found.step, ()))
+
+
+def _checkpoint(one: Job, found: Checkpoint, reasons: Sequence[checkpoints.Kept]) -> View:
     return {
         "job": one.job_id,
         "job_name": one.spec.name,
@@ -304,7 +314,7 @@ def checkpoint(one: Job, found: Checkpoint) -> View:
         "state_digest": found.state_digest,
         "committed_unix_ms": found.committed_ms,
         "damaged": found.damaged or None,
-        "kept": [why.value for why in checkpoints.kept(one).get(found.step, ())],
+        "kept": [reason.value for reason in reasons],
         "evaluation_loss": found.evaluation_loss,
         "pinned_by": found.pinned_by or None,
     }
