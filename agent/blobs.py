@@ -15,11 +15,11 @@ import random
 import re
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
 import grpc
 import grpc.aio
@@ -27,7 +27,7 @@ import structlog
 
 from agent.errors import BlobError
 from agent.presigned import Transfer, TransferBroken
-from protos import agent_pb2, agent_pb2_grpc, wire
+from protos import agent_pb2, agent_pb2_grpc, seal, wire
 
 log = structlog.get_logger(__name__)
 
@@ -606,7 +606,7 @@ def dataset_pieces(manifest_json: str) -> tuple[Piece, ...]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Checkpoint:
-    """What the agent needs of a `muster-checkpoint-1` manifest."""
+    """What the agent needs of a `muster-checkpoint-1` manifest that the coordinator signed."""
 
     step: int
     pieces: tuple[Piece, ...]
@@ -616,10 +616,22 @@ class Checkpoint:
         return sum(piece.bytes for piece in self.pieces)
 
     @staticmethod
-    def parse(manifest_json: str) -> Checkpoint:
-        """Raise BlobError if it is malformed."""
+    def parse(manifest_json: str, *, job_id: str, authority: str) -> Checkpoint:
+        """Raise BlobError unless the authority (its fingerprint) vouches for it, and it is of this job."""
         try:
-            manifest = json.loads(manifest_json)
+            return Checkpoint.of(seal.verified(manifest_json, authority).manifest(), job_id)
+        except seal.SealError as error:
+            raise BlobError(f"checkpoint manifest: {error}") from error
+
+    @staticmethod
+    def of(manifest: Mapping[str, Any], job_id: str) -> Checkpoint:
+        """Raise BlobError if it is malformed, or of another job."""
+        try:
+            if (manifest["format"], manifest["job"]) != ("muster-checkpoint-1", job_id):
+                raise BlobError(
+                    f"checkpoint manifest: a {manifest['format']!r} of job {manifest['job']!r}; expected a "
+                    f"muster-checkpoint-1 of job {job_id}"
+                )
             return Checkpoint(
                 step=int(manifest["step"]),
                 pieces=tuple(

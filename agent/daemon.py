@@ -27,7 +27,7 @@ from agent.lobby import Lobby
 from agent.network import address_of, interface_of, reaching_address
 from agent.peers import Lending, PeerServer
 from agent.session import Session
-from protos import agent_pb2, agent_pb2_grpc, authorship, wire
+from protos import agent_pb2, agent_pb2_grpc, authorship, seal, wire
 
 log = structlog.get_logger(__name__)
 
@@ -352,6 +352,7 @@ class Agent:
                 cache_bytes=self._settings.cache_bytes,
                 make_room=self.trim_cache,
                 objection=self._objection,
+                authority=seal.fingerprint_of(self._identity.authority_pem.encode()),
             )
             log.info("job.assigned", job=assignment.job_id, name=assignment.name)
             self._job.start()

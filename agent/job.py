@@ -194,9 +194,11 @@ class JobRun:
         cache_bytes: int,
         make_room: Callable[[int], Awaitable[None]],
         objection: Callable[[agent_pb2.Assignment], str],
+        authority: str,
     ) -> None:
         """`make_room(n)` removes from the cache what nobody needs, so that n bytes more fit its bound.
-        `objection` says why a job must not be run on this machine; "" if it may."""
+        `objection` says why a job must not be run on this machine; "" if it may.  `authority` is the
+        fingerprint of the one whose signature a checkpoint must bear."""
         self.job_id = assignment.job_id
         self.name = assignment.name
         self.generation = 0  # newest plan seen
@@ -207,6 +209,7 @@ class JobRun:
         self.problem = ""
         self._assignment = assignment
         self._agent_id = agent_id
+        self._authority = authority
         self._home = home
         self._settings = settings
         self._blobs = blobs
@@ -409,6 +412,7 @@ class JobRun:
             "MUSTER_DATA": str(self._files.data),
             "MUSTER_JOB_ID": self.job_id,
             "MUSTER_LOCAL_RANK": str(slot),
+            "MUSTER_AUTHORITY": self._authority,
         }
         if self._windowed:
             environment["MUSTER_DATA_WINDOW"] = str(self._window_bytes)
@@ -649,11 +653,16 @@ class JobRun:
         self.member_of = plan.generation
         self._released = self._released_told = self._finished_told = 0
         self._leads = member.group_rank == 0
-        checkpoint = restored(plan)
-        if checkpoint is not None and self._leads:
-            self._restoring = self._tasks.start(self._restore(plan, member, checkpoint))
+        checkpoint = None
+        try:
+            checkpoint = restored(plan, self._authority)
+        except BlobError as error:
+            self._report(agent_pb2.FAILURE_KIND_RESTORE, str(error), step=plan.committed_step)
         else:
-            self._hand_out(plan, member, checkpoint)
+            if checkpoint is not None and self._leads:
+                self._restoring = self._tasks.start(self._restore(plan, member, checkpoint))
+            else:
+                self._hand_out(plan, member, checkpoint)
         if self.lobby.pids:  # otherwise it crossed our report of a worker's end, and another plan follows
             self.lobby.offer(plan)
         self._forget_what_was_given_up(plan, member)
@@ -1064,6 +1073,9 @@ class JobRun:
             await asyncio.to_thread(self._thread.join, 5.0)
 
 
-def restored(plan: agent_pb2.Plan) -> Checkpoint | None:
-    """The checkpoint that the plan's leader restores, if any."""
-    return Checkpoint.parse(plan.checkpoint_json) if plan.from_checkpoint and plan.checkpoint_json else None
+def restored(plan: agent_pb2.Plan, authority: str) -> Checkpoint | None:
+    """The checkpoint that the plan's leader restores, if any.  Raise BlobError if it is not one of this job
+    that the authority vouches for."""
+    if not plan.from_checkpoint or not plan.checkpoint_json:
+        return None
+    return Checkpoint.parse(plan.checkpoint_json, job_id=plan.job_id, authority=authority)

@@ -2,7 +2,8 @@
 
 A blob is bytes named by their SHA-256, and it exists or it does not.  In a directory, bytes are hashed
 while they are written to a temporary file, and only the whole and right file gets its name,
-`blobs/ab/<digest>`.  Every function here blocks; the services call them in threads.
+`blobs/ab/<digest>`.  The manifests of checkpoints lie beside them, so that nothing else is needed to
+restore one.  Every function here blocks; the services call them in threads.
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ from typing import BinaryIO, Protocol
 from coordinator.core.model import Refusal
 
 DIGEST = re.compile(r"^[0-9a-f]{64}$")
+MANIFEST = re.compile(r"manifests/([A-Za-z0-9_-][A-Za-z0-9._-]{0,63})/([1-9][0-9]{0,17})\.json")
+"""Where a manifest lies, below the blobs' own directory or the bucket's prefix."""
 READ_BYTES = 1024 * 1024
 SUSPENDED_PER_SENDER = 8
 _SUSPENDED = "suspended-"
@@ -103,6 +106,18 @@ class BlobStore(Protocol):
 
     def remove(self, digest: str) -> None:
         """Forget a blob; one that is not stored is no error."""
+
+    def manifests(self) -> Iterator[tuple[str, int]]:
+        """(job, step) of every manifest that lies beside the blobs: what could be restored from here alone?"""
+
+    def manifest(self, job_id: str, step: int) -> str | None:
+        """One of those; None if it is not there."""
+
+    def put_manifest(self, job_id: str, step: int, text: str) -> None:
+        """Keep a manifest, in place of one of the same step: all of it or nothing, also after a crash."""
+
+    def remove_manifest(self, job_id: str, step: int) -> None:
+        """Forget a manifest; one that is not there is no error."""
 
     def discard_unfinished(self, older_than_s: float) -> int:
         """Remove what uploads left that never became blobs; returns how many."""
@@ -342,11 +357,56 @@ class DirectoryStore:
     def remove(self, digest: str) -> None:
         self.path(digest).unlink(missing_ok=True)
 
+    def _manifest(self, job_id: str, step: int) -> Path:
+        return self._root / manifest_key(job_id, step)
+
+    def manifests(self) -> Iterator[tuple[str, int]]:
+        for path in sorted(self._root.glob("manifests/*/*.json")):
+            found = MANIFEST.fullmatch(path.relative_to(self._root).as_posix())
+            if found is not None:
+                yield found[1], int(found[2])
+
+    def manifest(self, job_id: str, step: int) -> str | None:
+        try:
+            return self._manifest(job_id, step).read_text(encoding="utf-8", errors="replace")
+        except FileNotFoundError:
+            return None
+
+    def put_manifest(self, job_id: str, step: int, text: str) -> None:
+        path = self._manifest(job_id, step)
+        for folder in (path.parent.parent, path.parent):
+            if not folder.exists():
+                folder.mkdir(exist_ok=True)
+                _sync_directory(folder.parent)
+        descriptor, temporary = tempfile.mkstemp(dir=self._root / "incoming")
+        try:
+            with os.fdopen(descriptor, "wb") as file:
+                file.write(text.encode())
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except BaseException:
+            Path(temporary).unlink(missing_ok=True)
+            raise
+        _sync_directory(path.parent)
+
+    def remove_manifest(self, job_id: str, step: int) -> None:
+        path = self._manifest(job_id, step)
+        path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # of other steps, or never there
+            path.parent.rmdir()
+
     def discard_unfinished(self, older_than_s: float) -> int:
         return self._incoming.discard_suspended(older_than_s, self._now())
 
     def close(self) -> None:
         pass
+
+
+def manifest_key(job_id: str, step: int) -> str:
+    key = f"manifests/{job_id}/{step}.json"
+    assert MANIFEST.fullmatch(key), key
+    return key
 
 
 def unknown(digest: str) -> BlobRefusedError:

@@ -3,6 +3,7 @@
     blobs/ab/<digest>           a blob; nobody but the coordinator ever writes here
     incoming/<peer>/<digest>    what a peer has sent by a presigned PUT; not believed yet
     checking/<random>           a copy of that, which its sender can no longer change, while it is hashed
+    manifests/<job>/<step>.json  the manifest of a committed checkpoint
 
 A blob appears under its digest by one server-side copy (or one upload of a file that was hashed here), so
 it exists or it does not.  Whatever is lost on the way lies in the two other folders until it is swept.
@@ -31,6 +32,7 @@ from obstore import store as obstores
 
 from coordinator.blobs import (
     DIGEST,
+    MANIFEST,
     READ_BYTES,
     BlobRefusedError,
     BlobsUnavailableError,
@@ -41,6 +43,7 @@ from coordinator.blobs import (
     PresignedTransfers,
     beyond_end,
     check_size,
+    manifest_key,
     problem,
     unknown,
 )
@@ -202,6 +205,19 @@ class Bucket:
             hasher.update(data)
         return hasher.hexdigest()
 
+    def whole(self, key: str) -> bytes | None:
+        """A small object."""
+        with self._asking("give a manifest"):
+            try:
+                return bytes(obstore.get(self._store, key).bytes())
+            except FileNotFoundError:
+                return None
+
+    def write(self, key: str, data: bytes) -> None:
+        """A small object, in one request."""
+        with self._asking("take a manifest"):
+            obstore.put(self._store, key, data, use_multipart=False)
+
     def put(self, key: str, file: Path) -> None:
         with self._asking("take a blob"):
             obstore.put(self._store, key, file, chunk_size=PART_BYTES, max_concurrency=2)
@@ -325,6 +341,22 @@ class S3Store:
 
     def remove(self, digest: str) -> None:
         self._bucket.remove(self.key(digest))
+
+    def manifests(self) -> Iterator[tuple[str, int]]:
+        for key, _ in self._bucket.objects("manifests"):
+            found = MANIFEST.fullmatch(key)
+            if found is not None:
+                yield found[1], int(found[2])
+
+    def manifest(self, job_id: str, step: int) -> str | None:
+        data = self._bucket.whole(manifest_key(job_id, step))
+        return None if data is None else data.decode(errors="replace")
+
+    def put_manifest(self, job_id: str, step: int, text: str) -> None:
+        self._bucket.write(manifest_key(job_id, step), text.encode())
+
+    def remove_manifest(self, job_id: str, step: int) -> None:
+        self._bucket.remove(manifest_key(job_id, step))
 
     def discard_unfinished(self, older_than_s: float) -> int:
         suspended = self._incoming.discard_suspended(older_than_s, self._now())

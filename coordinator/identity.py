@@ -12,15 +12,18 @@ import functools
 import os
 import re
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from cryptography import x509
 from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.asymmetric.types import CertificatePublicKeyTypes
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
+from protos import seal
 from protos.wire import SERVER_NAME, Identity, peer_name
 
 AUTHORITY_TTL = dt.timedelta(days=3650)
@@ -29,6 +32,9 @@ SERVER_RENEW_BEFORE = dt.timedelta(days=90)
 OPERATOR_TTL = dt.timedelta(days=3650)
 BACKDATE = dt.timedelta(minutes=5)
 """Certificates are valid from a little earlier than now: volunteers' clocks are not exact."""
+DOCUMENT_SIGNING = x509.ObjectIdentifier(
+    "1.3.6.1.5.5.7.3.36"
+)  # RFC 9336: no TLS library takes it for a peer's
 MAX_CSR_BYTES = 8 * 1024
 
 _URI = re.compile(r"^muster://(agent|admin|observer)/([A-Za-z0-9._-]{1,64})$")
@@ -82,7 +88,7 @@ def write_private(path: Path, data: bytes) -> None:
         raise
 
 
-def _key_pem(key: ec.EllipticCurvePrivateKey) -> bytes:
+def _key_pem(key: ec.EllipticCurvePrivateKey | Ed25519PrivateKey) -> bytes:
     return key.private_bytes(
         serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
     )
@@ -182,7 +188,7 @@ class Authority:
 
     def _sign(
         self,
-        public_key: ec.EllipticCurvePublicKey,
+        public_key: CertificatePublicKeyTypes,
         *,
         subject: str,
         names: list[x509.GeneralName],
@@ -272,6 +278,47 @@ class Authority:
             leaf = x509.load_pem_x509_certificate((home / "server.pem").read_bytes())
             key = (home / "server.key").read_bytes()
         return key, _pem(leaf) + self.certificate_pem
+
+    def manifest_signer(self, home: Path) -> ManifestSigner:
+        """Who signs checkpoints here; made anew where the files are absent or not of this authority.
+
+        A key of its own, so that no manifest can be taken for a certificate.  Its certificate goes with
+        every signature: an older one stays good when this is replaced."""
+        try:
+            certificate = x509.load_pem_x509_certificate((home / "checkpoints.pem").read_bytes())
+            key = serialization.load_pem_private_key((home / "checkpoints.key").read_bytes(), None)
+            certificate.verify_directly_issued_by(self._certificate)
+            usable = isinstance(key, Ed25519PrivateKey) and key.public_key() == certificate.public_key()
+        except (OSError, ValueError, TypeError, InvalidSignature, UnsupportedAlgorithm):
+            usable = False
+        if not usable:
+            key = Ed25519PrivateKey.generate()
+            issued = self._sign(
+                key.public_key(),
+                subject="Muster checkpoints",
+                names=[x509.UniformResourceIdentifier(seal.SIGNER_URI)],
+                purposes=[DOCUMENT_SIGNING],
+                ttl=AUTHORITY_TTL,
+            )
+            write_private(home / "checkpoints.key", _key_pem(key))
+            write_private(home / "checkpoints.pem", issued.certificate_pem)
+            certificate = x509.load_pem_x509_certificate(issued.certificate_pem)
+        assert isinstance(key, Ed25519PrivateKey)
+        chain = [one.public_bytes(serialization.Encoding.DER) for one in (certificate, self._certificate)]
+        return ManifestSigner(key=key, chain=tuple(chain))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ManifestSigner:
+    """The coordinator's hand under a manifest."""
+
+    key: Ed25519PrivateKey = field(repr=False)
+    chain: tuple[bytes, ...]
+    """Its certificate and the authority's, DER."""
+
+    def seal(self, manifest_json: str) -> str:
+        """A manifest's canonical JSON, with its signature."""
+        return seal.signed(manifest_json, self.key, self.chain)
 
 
 def requested_key(csr_pem: bytes) -> ec.EllipticCurvePublicKey:

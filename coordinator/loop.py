@@ -37,7 +37,7 @@ from coordinator.core.model import (
     Timing,
 )
 from coordinator.core.settle import next_deadline
-from coordinator.core.step import Outcome, step
+from coordinator.core.step import Outcome, Seal, no_seal, step
 from coordinator.journal import (
     Entry,
     EvaluationRow,
@@ -130,8 +130,10 @@ class Loop:
         die: Callable[[str], None],
         snapshot_records: int,
         longest_wait_ms: int,
+        seal: Seal = no_seal,
     ) -> None:
-        """The clock is read at least every `longest_wait_ms`.  `die` ends the process; nothing is answered after it was called."""
+        """The clock is read at least every `longest_wait_ms`.  `die` ends the process; nothing is answered
+        after it was called.  `seal` signs the manifests of checkpoints."""
         self.state = state
         self.record_bell = Bell()
         self.latest_step = dict(latest_step)
@@ -142,6 +144,7 @@ class Loop:
         self._die = die
         self._snapshot_records = snapshot_records
         self._longest_wait_ms = longest_wait_ms
+        self._seal = seal
         self._snapshot_at = journal.last_sequence
         self._queue: deque[Ticket] = deque()
         self._arrived = asyncio.Event()
@@ -286,7 +289,7 @@ class Loop:
             except Exception as error:
                 ticket.answer = error
             return None
-        outcome = step(self.state, ticket.at_ms, ticket.event)
+        outcome = step(self.state, ticket.at_ms, ticket.event, self._seal)
         ticket.answer = outcome.reply
         ticket.records = outcome.records
         ticket.pushes = outcome.pushes

@@ -26,12 +26,13 @@ from coordinator.blobs import BlobStore, DirectoryStore
 from coordinator.caches import Caches
 from coordinator.clock import Clock
 from coordinator.config import Blobs, CoordinatorConfig
-from coordinator.core.model import AgentId, CoordinatorStarted, Push, State, WrongBytesSent
+from coordinator.core.model import AgentId, CoordinatorStarted, Push, SealAsked, State, WrongBytesSent
 from coordinator.identity import Authority, RevokedOperators
 from coordinator.journal import Journal
 from coordinator.logs import LogBook, LogFile
 from coordinator.loop import Loop, Observer, restore
 from coordinator.metrics import Metrics
+from coordinator.mirror import Mirror
 from coordinator.presign import CredentialsError
 from coordinator.rates import Buckets
 from coordinator.sessions import Sessions
@@ -86,6 +87,7 @@ class Coordinator:
         self.home = home
         self.config = config
         self._authority = Authority.load(home)
+        self._signer = self._authority.manifest_signer(home)
         self._run = home / "run"
         self._run.mkdir(mode=0o700, exist_ok=True)
         self._lock = _lock(self._run / "lock")
@@ -105,7 +107,8 @@ class Coordinator:
         self.caches = Caches(self._authority.sign, self._tell_revoked)
         self._wording = Wording()
         self.metrics = Metrics(lambda: self._state, lambda: len(self.sessions), lambda: self.logs.dropped)
-        self._sweeper = Sweeper(self._store, blobs)
+        self._mirror = Mirror(self._store)
+        self._sweeper = Sweeper(self._store, blobs, self._mirror.foreign)
         self._access = MainAccess(
             state=lambda: self._state,
             revoked=RevokedOperators(home),
@@ -124,7 +127,7 @@ class Coordinator:
     def _make_loop(self, state: State) -> Loop:
         # A stopped process must not cost an agent its lease: no gap counts for more than two heartbeats.
         wait_ms = min(1_000, state.timing.heartbeat_ms)
-        observers: list[Observer] = [self.metrics, self._sweeper, self.caches, self._access]
+        observers: list[Observer] = [self.metrics, self._sweeper, self._mirror, self.caches, self._access]
         return Loop(
             state=state,
             latest_step={
@@ -137,6 +140,7 @@ class Coordinator:
             die=self._die,
             snapshot_records=self.config.journal.snapshot_records,
             longest_wait_ms=wait_ms,
+            seal=self._signer.seal,
         )
 
     def _deliver(self, message: Push) -> None:
@@ -153,6 +157,8 @@ class Coordinator:
         self.loop.start()
         self.logs.start()
         await self.loop.submit(CoordinatorStarted(spread_ms=self._state.timing.lease_ms))
+        await self.loop.submit(SealAsked())
+        self._mirror.start(self.loop)
         self._sweeper.start(self.loop, self.journal)
         self._access.start()
         self._usher.start()
@@ -283,6 +289,7 @@ class Coordinator:
         await self._access.stop()
         await self._usher.stop()
         await self._sweeper.stop()
+        await self._mirror.stop(self._state)
         if self._blob_service is not None:
             await self._blob_service.stop()
         await self.logs.stop()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
 import structlog
@@ -56,8 +57,12 @@ class Unreferenced:
 class Sweeper:
     """An observer of the loop that learns which blobs are shards, and a task that sweeps."""
 
-    def __init__(self, blobs: BlobStore, settings: Blobs) -> None:
+    def __init__(
+        self, blobs: BlobStore, settings: Blobs, spared: Callable[[], Awaitable[frozenset[str]]]
+    ) -> None:
+        """`spared` names blobs that stay whatever the state says."""
         self._blobs = blobs
+        self._spared = spared
         self._settings = settings
         self._shards: set[str] = set()
         self._task: asyncio.Task[None] | None = None
@@ -117,8 +122,9 @@ class Sweeper:
 
     async def collect(self, loop: Loop, *, dry_run: bool) -> list[Unreferenced]:
         """Every blob that nothing refers to; those that are old enough are gone now, unless `dry_run`."""
+        spared = await self._spared()
         keep = await loop.query(lambda state, _: referenced(state))
-        return await asyncio.to_thread(self._collect, keep, dry_run)
+        return await asyncio.to_thread(self._collect, keep | spared, dry_run)
 
     def _collect(self, keep: set[str], dry_run: bool) -> list[Unreferenced]:
         found = []

@@ -29,6 +29,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from protos import seal
 from trainer.config import TrainingConfig, config_digest
 from trainer.model import ModelShape
 
@@ -59,7 +60,7 @@ class DamagedShard(CheckpointError):
 
 
 class DamagedManifest(CheckpointError):
-    """A manifest is not readable as one."""
+    """A manifest is not readable as one, or is not what was sealed."""
 
 
 class WrongTensors(CheckpointError):
@@ -222,7 +223,7 @@ class Manifest:
     shards: tuple[ShardFile, ...]
 
     def to_json(self) -> str:
-        """Canonical: sorted keys, no spaces, byte for byte what the coordinator commits."""
+        """Canonical: sorted keys, no spaces, byte for byte what the coordinator commits and signs."""
         value = {
             "format": FORMAT,
             "job": self.job,
@@ -291,11 +292,21 @@ def make_manifest(
     )
 
 
-def parse_manifest(text: str | bytes, source: str = "checkpoint manifest") -> Manifest:
-    """Raise DamagedManifest, naming `source`, unless `text` is a manifest that can be restored from."""
+def parse_manifest(
+    text: str | bytes, source: str = "checkpoint manifest", *, authority: str = "", known: str = ""
+) -> Manifest:
+    """Raise DamagedManifest, naming `source`, unless `text` is a manifest that can be restored from.
+
+    Whatever seal it bears must fit.  With `authority`, a fingerprint, it must be signed by that one; with
+    `known` only if it is signed at all."""
     try:
-        return _manifest_from(json.loads(text))
-    except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
+        found = seal.verified(text, authority) if authority else seal.opened(text)
+        if known and found.fingerprint:
+            seal.verified(text, known)
+        return _manifest_from(found.manifest())
+    except seal.SealError as error:
+        raise DamagedManifest(f"{source}: {error}") from error
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise DamagedManifest(
             f"{source}: not a {FORMAT} manifest ({type(error).__name__}: {error})"
         ) from error
@@ -345,8 +356,12 @@ class CheckpointDirectory:
     Safe for several processes that write different shards, and the same ones, at once.
     """
 
-    def __init__(self, root: Path | str) -> None:
+    def __init__(self, root: Path | str, authority: str = "") -> None:
+        """With `authority`, a fingerprint, manifests that it has not signed count as damaged.  Without, those
+        that are not signed are believed (training without a coordinator writes such), and those that are
+        only if they are of the authority that `manifests/authority` names, where there is that file."""
         self.root = Path(root)
+        self._authority = authority
         self._blobs = self.root / "blobs"
         self._manifests = self.root / "manifests"
 
@@ -380,8 +395,19 @@ class CheckpointDirectory:
     def write_manifest(self, manifest: Manifest) -> Path:
         """Commit a checkpoint here.  Write it after all its shards."""
         path = self._manifests / f"{manifest.step}.json"
-        _write_durably(path, manifest.to_json().encode())
+        _write_durably(path, seal.checksummed(manifest.to_json()).encode())
         return path
+
+    def _read_manifest(self, path: Path) -> Manifest:
+        """Raise DamagedManifest or OSError."""
+        try:
+            known = (self._manifests / "authority").read_text(encoding="ascii").strip()
+        except FileNotFoundError:
+            known = ""
+        found = parse_manifest(path.read_bytes(), str(path), authority=self._authority, known=known)
+        if found.step != int(path.stem):
+            raise DamagedManifest(f"{path}: says that it is of step {found.step}")
+        return found
 
     def manifests(self) -> list[Manifest]:
         """All readable manifests, newest step first; others are passed over with a warning."""
@@ -390,18 +416,17 @@ class CheckpointDirectory:
             if not path.stem.isdigit():
                 continue
             try:
-                manifest = parse_manifest(path.read_bytes(), str(path))
+                found.append(self._read_manifest(path))
             except (DamagedManifest, OSError) as error:
                 logger.warning("%s; passing it over", error)
-                continue
-            if manifest.step == int(path.stem):
-                found.append(manifest)
-            else:
-                logger.warning("%s: says that it is of step %d; passing it over", path, manifest.step)
         return sorted(found, key=lambda manifest: manifest.step, reverse=True)
 
     def manifest(self, step: int | None = None) -> Manifest:
-        """The manifest of `step`, or the newest.  Raise NoCheckpoint, naming the steps that exist."""
+        """The manifest of `step`, or the newest.  Raise NoCheckpoint, naming the steps that exist, or
+        DamagedManifest if it is the one of `step`."""
+        path = self._manifests / f"{step}.json"
+        if step is not None and path.exists():
+            return self._read_manifest(path)
         manifests = self.manifests()
         for manifest in manifests:
             if step is None or manifest.step == step:

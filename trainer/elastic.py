@@ -98,7 +98,8 @@ class ElasticGroup:
         path = os.environ.get("MUSTER_CONTROL")
         if path is None:
             return cls(config, device, Alone(config), CheckpointDirectory(config.checkpoint.dir))
-        return cls(config, device, control.AgentLink(path), CheckpointDirectory(os.environ["MUSTER_CACHE"]))
+        cache = CheckpointDirectory(os.environ["MUSTER_CACHE"], os.environ.get("MUSTER_AUTHORITY", ""))
+        return cls(config, device, control.AgentLink(path), cache)
 
     def __init__(
         self, config: TrainingConfig, device: torch.device, link: Link, checkpoints: CheckpointDirectory

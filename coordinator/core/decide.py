@@ -64,6 +64,7 @@ from coordinator.core.model import (
     LeaseRenewed,
     LeasesRefreshed,
     LeaveAsked,
+    ManifestCommitted,
     MemberFinished,
     MemberFormed,
     MemberLost,
@@ -79,6 +80,7 @@ from coordinator.core.model import (
     Refused,
     ReleasedReceived,
     RollbackAsked,
+    SealAsked,
     SessionClosed,
     SessionEnded,
     SessionOpened,
@@ -134,6 +136,13 @@ def decide(state: State, now_ms: int, event: Event) -> Decision:
             return _roll_back(state, now_ms, event)
         case CoordinatorStarted():
             return _start(state, now_ms, event)
+        case SealAsked():
+            unsealed = (
+                (job.job_id, c) for job in state.jobs.values() for c in job.checkpoints if not c.sealed
+            )
+            return _accept(
+                *(ManifestCommitted(at_ms=now_ms, job_id=job_id, checkpoint=c) for job_id, c in unsealed)
+            )
         case _:
             return _of_agent(state, now_ms, event)
 

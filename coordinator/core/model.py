@@ -396,8 +396,8 @@ class PendingCheckpoint:
 class Checkpoint:
     step: int
     generation: int
-    manifest_json: str  # canonical JSON: docs/checkpoints.md
-    manifest_digest: str
+    manifest_json: str  # canonical JSON and its seal: docs/checkpoints.md
+    manifest_digest: str  # of the canonical JSON, which is what is sealed
     state_digest: str
     bytes: int
     committed_ms: int
@@ -406,6 +406,7 @@ class Checkpoint:
     pinned_by: str = ""  # the operator who wants it kept; empty if nobody does
     given_up: bool = False  # an operator went back before it: its steps will be made anew
     doubted_by: tuple[AgentId, ...] = ()  # leaders that could not restore it, which may be their own fault
+    sealed: bool = False  # false: of a coordinator that did not sign manifests yet
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -758,6 +759,11 @@ class CoordinatorStarted:
     spread_ms: int
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SealAsked:
+    """Commit again, sealed, what was committed by a coordinator that did not sign manifests yet."""
+
+
 Event = (
     Tick
     | EnrollAsked
@@ -786,6 +792,7 @@ Event = (
     | TokenAsked
     | TokenRevokeAsked
     | CoordinatorStarted
+    | SealAsked
 )
 
 

@@ -16,9 +16,10 @@ import grpc.aio
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
-from protos import agent_pb2, agent_pb2_grpc, authorship, wire
+from protos import agent_pb2, agent_pb2_grpc, authorship, seal, wire
 
 LEASE_MS = 2_000
 HEARTBEAT_MS = 100
@@ -26,6 +27,10 @@ HEARTBEAT_MS = 100
 
 def _pem(certificate: x509.Certificate) -> bytes:
     return certificate.public_bytes(serialization.Encoding.PEM)
+
+
+def _der(certificate: x509.Certificate) -> bytes:
+    return certificate.public_bytes(serialization.Encoding.DER)
 
 
 def _key_pem(key: ec.EllipticCurvePrivateKey) -> bytes:
@@ -46,23 +51,32 @@ class Authority:
         subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, wire.SERVER_NAME)])
         server = self._build(subject, name, server_key.public_key(), timedelta(days=1), dns=wire.SERVER_NAME)
         self.server_key = _key_pem(server_key)
+        self._manifest_key = Ed25519PrivateKey.generate()
+        signer = self._build(
+            subject, name, self._manifest_key.public_key(), timedelta(days=1), uri=seal.SIGNER_URI
+        )
+        self._signers = [_der(signer), _der(self.certificate)]
         self.chain = _pem(server) + self.pem
 
     @property
     def fingerprint(self) -> str:
-        return hashlib.sha256(self.certificate.public_bytes(serialization.Encoding.DER)).hexdigest()
+        return hashlib.sha256(_der(self.certificate)).hexdigest()
+
+    def seal(self, manifest_json: str) -> str:
+        """The manifest with this authority's signature."""
+        return seal.signed(manifest_json, self._manifest_key, self._signers)
 
     def _build(
         self,
         subject: x509.Name,
         issuer: x509.Name,
-        key: ec.EllipticCurvePublicKey,
+        key: ec.EllipticCurvePublicKey | Ed25519PublicKey,
         life: timedelta,
         *,
         ca: bool = False,
         dns: str = "",
-        agent_id: str = "",
         uri: str = "",
+        agent_id: str = "",
     ) -> x509.Certificate:
         now = datetime.now(UTC)
         builder = (
@@ -78,8 +92,8 @@ class Authority:
         if dns:
             builder = builder.add_extension(x509.SubjectAlternativeName([x509.DNSName(dns)]), critical=False)
         if uri:
-            name_of_operator = x509.SubjectAlternativeName([x509.UniformResourceIdentifier(uri)])
-            builder = builder.add_extension(name_of_operator, critical=False)
+            named = x509.SubjectAlternativeName([x509.UniformResourceIdentifier(uri)])
+            builder = builder.add_extension(named, critical=False)
         if agent_id:
             names = [
                 x509.UniformResourceIdentifier(f"muster://agent/{agent_id}"),

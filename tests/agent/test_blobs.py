@@ -134,4 +134,4 @@ def test_malformed_manifests_are_refused() -> None:
     with pytest.raises(BlobError, match="malformed"):
         dataset_pieces('{"splits": [1]}')
     with pytest.raises(BlobError, match="malformed"):
-        Checkpoint.parse('{"step": "x"}')
+        Checkpoint.of({"format": "muster-checkpoint-1", "job": "j1", "step": "x"}, "j1")

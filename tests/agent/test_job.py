@@ -52,6 +52,7 @@ class Pair:
             cache_bytes=1 << 30,
             make_room=no_room,
             objection=lambda _: "",
+            authority="",
         )
 
     def _send(self, message: agent_pb2.AgentMessage) -> int:

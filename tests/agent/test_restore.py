@@ -5,16 +5,35 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
+import pickle
+from collections.abc import Callable
 from pathlib import Path
 
-from protos import agent_pb2
+import pytest
+
+from protos import agent_pb2, seal
 from tests.agent.conftest import Volunteer, eventually, member
-from tests.agent.fake_coordinator import FakeCoordinator
+from tests.agent.fake_coordinator import Authority, FakeCoordinator
+
+
+class Bomb:
+    """Runs when it is unpickled."""
+
+    ran: list[str] = []  # noqa: RUF012
+
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return Bomb.ran.append, ("it ran",)
+
 
 SHARD = b"parameters" * 500
 DIGEST = hashlib.sha256(SHARD).hexdigest()
 MANIFEST = json.dumps(
-    {"step": 40, "shards": [{"index": 0, "digest": DIGEST, "bytes": len(SHARD)}]},
+    {
+        "format": "muster-checkpoint-1",
+        "job": "j1",
+        "step": 40,
+        "shards": [{"index": 0, "digest": DIGEST, "bytes": len(SHARD)}],
+    },
     sort_keys=True,
     separators=(",", ":"),
 )
@@ -34,12 +53,18 @@ async def test_leader_restores_before_its_worker_hears_of_the_plan(
     volunteer.assign({"steps": 1})
     coordinator.blobs[DIGEST] = SHARD
     ready = await coordinator.heard("ready")
-    volunteer.plan(3, ready, from_checkpoint=True, checkpoint_json=MANIFEST, committed_step=45)
+    volunteer.plan(
+        3,
+        ready,
+        from_checkpoint=True,
+        checkpoint_json=coordinator.authority.seal(MANIFEST),
+        committed_step=45,
+    )
     await coordinator.heard("formed")
     (plan,) = volunteer.told("plan")
     assert (plan["source"], plan["checkpoint_step"]) == ("checkpoint", 40)
     cache = volunteer.home.job("j1").cache
-    assert (cache / "manifests" / "40.json").read_text() == MANIFEST
+    assert (cache / "manifests" / "40.json").read_text() == coordinator.authority.seal(MANIFEST)
     assert (cache / "blobs" / DIGEST).read_bytes() == SHARD
 
 
@@ -50,7 +75,12 @@ async def test_a_restore_is_seen_from_everywhere_and_its_blobs_are_not_evicted(
     volunteer.assign()
     coordinator.blobs[DIGEST] = SHARD
     coordinator.hold_gets = asyncio.Event()
-    volunteer.plan(3, await coordinator.heard("ready"), from_checkpoint=True, checkpoint_json=MANIFEST)
+    volunteer.plan(
+        3,
+        await coordinator.heard("ready"),
+        from_checkpoint=True,
+        checkpoint_json=coordinator.authority.seal(MANIFEST),
+    )
     beat = await coordinator.heard("heartbeat", lambda beat: beat.transfer_bytes)
     assert (beat.activity, beat.transfer_bytes, beat.transfer_total) == ("fetching", 1000, len(SHARD))
     assert volunteer.agent is not None
@@ -76,7 +106,9 @@ async def test_other_members_do_not_fetch_the_checkpoint(
     volunteer.assign()
     ready = await coordinator.heard("ready")
     members = [member("a2", 0), member("a1", 1)]
-    volunteer.plan(3, ready, members=members, from_checkpoint=True, checkpoint_json=MANIFEST)
+    volunteer.plan(
+        3, ready, members=members, from_checkpoint=True, checkpoint_json=coordinator.authority.seal(MANIFEST)
+    )
     await coordinator.heard("formed")
     assert coordinator.gets == []
 
@@ -88,7 +120,12 @@ async def test_damaged_shard_in_the_cache_is_fetched_again(
     volunteer.assign()
     (volunteer.home.blobs / DIGEST).write_bytes(b"!" + SHARD[1:])
     coordinator.blobs[DIGEST] = SHARD
-    volunteer.plan(3, await coordinator.heard("ready"), from_checkpoint=True, checkpoint_json=MANIFEST)
+    volunteer.plan(
+        3,
+        await coordinator.heard("ready"),
+        from_checkpoint=True,
+        checkpoint_json=coordinator.authority.seal(MANIFEST),
+    )
     await coordinator.heard("formed")
     assert (volunteer.home.blobs / DIGEST).read_bytes() == SHARD
 
@@ -99,7 +136,12 @@ async def test_checkpoint_in_the_cache_is_not_fetched(
     await volunteer.start()
     volunteer.assign()
     (volunteer.home.blobs / DIGEST).write_bytes(SHARD)
-    volunteer.plan(3, await coordinator.heard("ready"), from_checkpoint=True, checkpoint_json=MANIFEST)
+    volunteer.plan(
+        3,
+        await coordinator.heard("ready"),
+        from_checkpoint=True,
+        checkpoint_json=coordinator.authority.seal(MANIFEST),
+    )
     await coordinator.heard("formed")
     assert coordinator.gets == []
 
@@ -109,7 +151,12 @@ async def test_checkpoint_that_nobody_has_is_reported_with_its_step(
 ) -> None:
     await volunteer.start()
     volunteer.assign()
-    volunteer.plan(3, await coordinator.heard("ready"), from_checkpoint=True, checkpoint_json=MANIFEST)
+    volunteer.plan(
+        3,
+        await coordinator.heard("ready"),
+        from_checkpoint=True,
+        checkpoint_json=coordinator.authority.seal(MANIFEST),
+    )
     failed = await coordinator.heard("failed")
     assert (failed.kind, failed.step, failed.generation) == (agent_pb2.FAILURE_KIND_RESTORE, 40, 3)
     assert DIGEST in failed.detail
@@ -180,3 +227,45 @@ async def test_dataset_with_another_digest_is_a_failed_preparation(
     assert digest in failed.detail
     assert not (volunteer.home.job("j1").data / "manifest.json").exists()
     assert await eventually(lambda: volunteer.agent and volunteer.agent.status()["job"]["problem"])
+
+
+@pytest.mark.parametrize(
+    ("forge", "told"),
+    [
+        (lambda text: text.replace('"step":40', '"step":41'), "changed since the coordinator signed it"),
+        (lambda _: Authority().seal(MANIFEST), "signed by authority"),
+        (lambda _: MANIFEST, "not signed"),
+        (lambda _: seal.checksummed(MANIFEST), "not signed"),
+        (lambda text: text[:-40], "seal"),
+        (lambda _: pickle.dumps(Bomb()).decode("latin-1"), "not signed"),
+    ],
+    ids=["edited", "another authority", "unsigned", "checksummed", "truncated", "pickle"],
+)
+async def test_a_manifest_that_the_coordinator_did_not_sign_is_reported_and_not_restored(
+    volunteer: Volunteer, coordinator: FakeCoordinator, forge: Callable[[str], str], told: str
+) -> None:
+    await volunteer.start()
+    volunteer.assign({"steps": 1})
+    coordinator.blobs[DIGEST] = SHARD
+    signed = coordinator.authority.seal(MANIFEST)
+    ready = await coordinator.heard("ready")
+    volunteer.plan(3, ready, from_checkpoint=True, checkpoint_json=forge(signed), committed_step=40)
+    failed = await coordinator.heard("failed")
+    assert (failed.kind, failed.step, failed.generation) == (agent_pb2.FAILURE_KIND_RESTORE, 40, 3)
+    assert told in failed.detail
+    assert coordinator.gets == []
+    assert volunteer.told("plan") == []
+    # The plan that follows, from the checkpoint before it, is carried out.
+    volunteer.plan(4, ready, from_checkpoint=True, checkpoint_json=signed, committed_step=40)
+    await coordinator.heard("formed", lambda formed: formed.generation == 4)
+    assert not Bomb.ran
+
+
+async def test_a_manifest_of_another_job_is_not_restored(
+    volunteer: Volunteer, coordinator: FakeCoordinator
+) -> None:
+    await volunteer.start()
+    volunteer.assign({"steps": 1})
+    text = coordinator.authority.seal(MANIFEST.replace('"j1"', '"j2"'))
+    volunteer.plan(3, await coordinator.heard("ready"), from_checkpoint=True, checkpoint_json=text)
+    assert "of job 'j2'; expected" in (await coordinator.heard("failed")).detail

@@ -361,6 +361,36 @@ def test_a_blob_that_was_asked_for_is_young_again(kind: Kind) -> None:
     assert ages[digest_of(b"not asked")] > 10_000
 
 
+def test_manifests_lie_beside_the_blobs_and_are_none(kind: Kind) -> None:
+    blobs = kind.open()
+    assert list(blobs.manifests()) == []
+    assert blobs.manifest("j1", 7) is None
+    put(blobs, b"abc")
+    for job_id, step in (("j1", 7), ("j1", 20), ("j2", 7)):
+        blobs.put_manifest(job_id, step, f"{job_id} é {step}")
+    blobs.put_manifest("j1", 7, "another generation's")
+    assert sorted(kind.open().manifests()) == [("j1", 7), ("j1", 20), ("j2", 7)]
+    assert [blobs.manifest("j1", step) for step in (7, 20)] == ["another generation's", "j1 é 20"]
+    assert [digest for digest, *_ in blobs.stored()] == [digest_of(b"abc")]
+    for _ in range(2):
+        blobs.remove_manifest("j1", 7)
+    assert sorted(blobs.manifests()) == [("j1", 20), ("j2", 7)]
+
+
+def test_a_manifest_that_could_not_be_written_leaves_the_old_one(kind: Kind) -> None:
+    kind.open().put_manifest("j1", 7, "old")
+    with pytest.raises(UnicodeEncodeError):
+        kind.open().put_manifest("j1", 7, "\ud800")
+    assert kind.everything() == ["7.json"]
+    assert kind.open().manifest("j1", 7) == "old"
+
+
+@pytest.mark.parametrize("job_id", ["..", "a/b", "", ".hidden"])
+def test_a_manifests_job_leads_nowhere_else(kind: Kind, job_id: str) -> None:
+    with pytest.raises(AssertionError):
+        kind.open().put_manifest(job_id, 7, "x")
+
+
 # ------------------------------------------------------------------------- read over the network
 
 

@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save as safetensors_bytes
 from torch import Tensor
 
+from protos import seal
 from trainer.checkpoint import (
     CheckpointDirectory,
     DamagedManifest,
@@ -234,7 +235,7 @@ def test_only_the_wanted_tensors_are_read(directory: CheckpointDirectory) -> Non
 
 def test_the_manifest_is_canonical_json(directory: CheckpointDirectory) -> None:
     manifest = save(directory, 10, state(1))
-    text = (directory.root / "manifests" / "10.json").read_text()
+    text = seal.opened((directory.root / "manifests" / "10.json").read_bytes()).body.decode()
     assert text == json.dumps(json.loads(text), sort_keys=True, separators=(",", ":"), ensure_ascii=False)
     assert set(json.loads(text)) == {
         "format",
