@@ -343,7 +343,7 @@ class S3Store:
         self._bucket.remove(self.key(digest))
 
     def manifests(self) -> Iterator[tuple[str, int]]:
-        for key, _ in self._bucket.objects("manifests"):
+        for key, *_ in self._bucket.objects("manifests"):
             found = MANIFEST.fullmatch(key)
             if found is not None:
                 yield found[1], int(found[2])

@@ -20,7 +20,7 @@ from coordinator.config import Blobs
 from coordinator.core import codec
 from coordinator.core.model import ENDED, Event, Record, Reply, ShardRecorded, State
 from coordinator.journal import PAGE_ROWS, Journal
-from coordinator.loop import Loop
+from coordinator.loop import Loop, LoopStoppedError
 
 log = structlog.get_logger("coordinator.sweep")
 MOST_BETWEEN_SWEEPS_S = 3_600.0
@@ -105,6 +105,8 @@ class Sweeper:
             await asyncio.sleep(pause_s)
             try:
                 removed = await self.sweep(loop)
+            except LoopStoppedError:
+                return
             except (OSError, BlobsUnavailableError) as error:
                 log.warning("sweep failed", error=str(error))
             else:

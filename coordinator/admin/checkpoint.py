@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import re
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -46,7 +47,7 @@ def checkpoint_name(text: str) -> CheckpointName:
 
 @click.group()
 def checkpoint() -> None:
-    """List, verify, pin, delete, export and import checkpoints.
+    """List, verify, pin, delete, restore, export and import checkpoints.
 
     CHECKPOINT is JOB@STEP, or JOB for its newest one.
     """
@@ -162,7 +163,10 @@ def gc(*, coordinator: Coordinator, output: Output, dry_run: bool) -> None:
 @click.argument("name", metavar="CHECKPOINT", type=checkpoint_name)
 @with_coordinator
 def verify(*, coordinator: Coordinator, output: Output, name: CheckpointName) -> None:
-    """Let the coordinator hash every shard again; exit 1 if one is damaged."""
+    """Let the coordinator check the signature and hash every shard again; exit 1 if one is damaged.
+
+    A damaged checkpoint is marked so, and training never begins from it.
+    """
     from protos import admin_pb2
 
     request = admin_pb2.CheckpointRef(job=name.job, step=name.step)
@@ -246,6 +250,140 @@ def import_checkpoint(*, output: Output, source: Path, form: str, out: Path, con
     step = int(run_trainer("importing", arguments, EXPORT_LIMIT_S, capture=True))
     view = {"source": str(source), "format": form, "step": step, "out": str(out)}
     output.done(view, f"{out}: step {step} from {source}")
+
+
+@checkpoint.command()
+@click.option(
+    "--from",
+    "places",
+    metavar="DIR|s3://BUCKET/PREFIX",
+    multiple=True,
+    required=True,
+    help="Where shards and manifests lie: a coordinator's home or its blobs, its bucket, an agent's cache, a "
+    "checkpoint directory. Repeat it for copies: what is damaged in one is taken from the next.",
+)
+@click.option("--job", metavar="ID", help="The job's id, or its beginning; needed where there are several.")
+@click.option(
+    "--step", type=click.IntRange(min=1), help="This step and no other; default the newest whole one."
+)
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    required=True,
+    help="Checkpoint directory to make, or to go on with.",
+)
+@click.option(
+    "--authority",
+    metavar="FINGERPRINT|FILE",
+    help="Who must have signed the manifest: SHA-256 of the authority's certificate, the file authority.pem, or an "
+    "identity file; default the authority of your own identity.",
+)
+@click.option(
+    "--allow-unsigned",
+    is_flag=True,
+    help="Also take a manifest that is unsigned or signed by somebody unknown. Its shards are verified against it.",
+)
+@click.option(
+    "--endpoint", envvar="AWS_ENDPOINT_URL", metavar="URL", help="Of the object store; default AWS."
+)
+@click.option("--region", envvar="AWS_REGION", default="us-east-1", show_default=True)
+@click.option(
+    "--credentials",
+    type=click.Path(path_type=Path),
+    help="File of mode 0600 with the object store's key as JSON; default AWS_ACCESS_KEY_ID and so on.",
+)
+@with_output
+def restore(
+    *,
+    output: Output,
+    places: tuple[str, ...],
+    job: str | None,
+    step: int | None,
+    out: Path,
+    authority: str | None,
+    allow_unsigned: bool,
+    endpoint: str | None,
+    region: str,
+    credentials: Path | None,
+) -> None:
+    """Bring a checkpoint out of a directory or bucket, without a coordinator.
+
+    Verifies the manifest's signature and every shard's digest. Ended in the middle, the same command goes
+    on where it was. Training without a coordinator goes on from DIR where it is the job file's
+    checkpoint.dir, and `muster generate DIR` and `python -m trainer.export` read it.
+    """
+    from coordinator.admin import restoring
+
+    trusted = _trusted_authority(authority)
+    if trusted is None and not allow_unsigned:
+        raise BadInput(
+            "--authority: missing, and there is no identity that names one; give the fingerprint in the middle of a "
+            "join token, the coordinator's authority.pem or an identity file, or --allow-unsigned"
+        )
+    sources = [
+        restoring.BucketSource(place, endpoint=endpoint, region=region, key=_store_key(credentials))
+        if place.startswith("s3://")
+        else restoring.DirectorySource(Path(place))
+        for place in places
+    ]
+    found = restoring.candidates(sources, trusted, allow_unsigned, restoring.warn)
+    chosen = restoring.choose(found, job, step)
+    done = restoring.restore(chosen, sources, out)
+    view = {
+        "job": done.job,
+        "step": done.step,
+        "generation": done.generation,
+        "shards": len(done.shards),
+        "bytes": done.bytes,
+        "signed_by": done.signed_by or None,
+        "manifest": done.where,
+        "out": str(out),
+    }
+    by = f"signed by authority {done.signed_by[:16]}…" if done.signed_by else "NOT signed by anybody known"
+    output.done(view, f"{out}: step {done.step} of job {done.job}, {size(done.bytes)}, {by}")
+
+
+def _trusted_authority(text: str | None) -> str | None:
+    """The fingerprint that --authority, or else the operator's identity, names; None if there is none."""
+    from coordinator.admin.connection import default_identity_path
+    from protos import seal
+
+    if text is not None and _DIGEST.fullmatch(text.replace(":", "").lower()):
+        return text.replace(":", "").lower()
+    root = click.get_current_context().find_root().params
+    path = Path(text) if text is not None else root.get("identity") or default_identity_path()
+    try:
+        data = path.read_bytes()
+        if data.lstrip().startswith(b"{"):
+            data = str(json.loads(data)["authority_pem"]).encode()
+        return seal.fingerprint_of(data)
+    except OSError as error:
+        if text is None:
+            return None
+        raise BadInput(
+            f"--authority {text}: {error.strerror}; expected 64 hex digits or a readable file"
+        ) from error
+    except (ValueError, KeyError, TypeError) as error:
+        named = f"--authority {path}" if text is not None else f"identity file {path}"
+        raise BadInput(f"{named}: holds no certificate; give authority.pem or an identity file") from error
+
+
+def _store_key(file: Path | None) -> dict[str, str]:
+    from coordinator.presign import Credentials, CredentialsError
+
+    try:
+        key = Credentials.load(file) if file is not None else Credentials.from_environment(os.environ)
+    except CredentialsError as error:
+        if file is not None:
+            raise BadInput(f"--credentials: {error}") from None
+        raise BadInput(
+            "--credentials: missing, and AWS_ACCESS_KEY_ID or AWS_SECRET_ACCESS_KEY is not in the environment"
+        ) from None
+    return {
+        "access_key_id": key.access_key_id,
+        "secret_access_key": key.secret_access_key,
+        "session_token": key.session_token,
+    }
 
 
 # ----------------------------------------------------------------------------------- shared with others
@@ -343,7 +481,10 @@ def _manifest_problem(manifest: Mapping[str, Any]) -> str:
 
 
 def _damage(view: Mapping[str, Any]) -> str:
-    problems = [f"shard {found.get('index')}: {found.get('problem')}" for found in view.get("problems") or ()]
+    problems = [
+        f"{'manifest' if found.get('index') is None else 'shard ' + str(found['index'])}: {found.get('problem')}"
+        for found in view.get("problems") or ()
+    ]
     if not problems and view.get("sound") is False:
         problems = [str(view.get("damaged") or "a shard is damaged")]
     return "; ".join(problems)

@@ -15,9 +15,11 @@ from coordinator.core.model import (
     Checkpoint,
     CheckpointAction,
     CheckpointCommanded,
+    CheckpointDamaged,
     CheckpointPinned,
     CheckpointRetired,
     CheckpointWanted,
+    DamageFound,
     Decision,
     Evaluation,
     EvaluationRecorded,
@@ -171,6 +173,15 @@ def _anew(job: Job, now_ms: int) -> tuple[Record, ...]:
         return ()
     reason = f"a member left while checkpoint {lost[-1].step} was being stored"
     return (CheckpointWanted(at_ms=now_ms, job_id=job.job_id, generation=generation.number, reason=reason),)
+
+
+def damage(job: Job, now_ms: int, event: DamageFound) -> Decision:
+    """What was found so is never restored: by nobody, and without two having to fail with it first."""
+    found = next((c for c in job.checkpoints if c.step == event.step), None)
+    if found is None or found.damaged or found.manifest_digest != event.manifest_digest:
+        return Decision()
+    record = CheckpointDamaged(at_ms=now_ms, job_id=job.job_id, step=found.step, detail=event.detail)
+    return Decision(records=(record,))
 
 
 # ------------------------------------------------------------------------------- retention

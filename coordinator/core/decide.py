@@ -36,6 +36,7 @@ from coordinator.core.model import (
     CheckpointWanted,
     CollectiveFailed,
     CoordinatorStarted,
+    DamageFound,
     Decision,
     EnrollAsked,
     EvaluationsReceived,
@@ -136,6 +137,11 @@ def decide(state: State, now_ms: int, event: Event) -> Decision:
             return _roll_back(state, now_ms, event)
         case CoordinatorStarted():
             return _start(state, now_ms, event)
+        case DamageFound():
+            job = state.jobs.get(event.job_id)
+            if job is None:
+                return _refuse(Refusal.UNKNOWN_JOB, f"no job has the id {event.job_id}")
+            return checkpoints.damage(job, now_ms, event)
         case SealAsked():
             unsealed = (
                 (job.job_id, c) for job in state.jobs.values() for c in job.checkpoints if not c.sealed

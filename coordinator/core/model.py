@@ -760,6 +760,17 @@ class CoordinatorStarted:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class DamageFound:
+    """The shell has read a checkpoint again, and it is not what was committed."""
+
+    job_id: JobId
+    step: int
+    manifest_digest: str
+    """Of the one that was read: another may have come at the same step since."""
+    detail: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class SealAsked:
     """Commit again, sealed, what was committed by a coordinator that did not sign manifests yet."""
 
@@ -793,6 +804,7 @@ Event = (
     | TokenRevokeAsked
     | CoordinatorStarted
     | SealAsked
+    | DamageFound
 )
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from protos import admin_pb2
+from protos import admin_pb2, seal
 from tests.admin.conftest import error_line
 from tests.admin.server import Served
 
@@ -46,7 +46,7 @@ def stored(served: Served, checkpoint: Path) -> Path:
     for path in (checkpoint / "blobs").iterdir():
         served.service.blobs[path.name] = path.read_bytes()
     [manifest] = (checkpoint / "manifests").iterdir()
-    value = json.loads(manifest.read_text()) | {"job": JOB}
+    value = seal.opened(manifest.read_bytes()).manifest() | {"job": JOB}
     served.service.manifests[JOB, value["step"]] = json.dumps(value, sort_keys=True, separators=(",", ":"))
     tokenizer = {"kind": "byte", "vocab_size": 257, "digest": None}
     served.service.jobs[JOB] = {

@@ -391,6 +391,15 @@ async def test_a_checkpoint_exists_once_all_its_shards_are_stored(pair: Pair) ->
     verified = json.loads((await admin.VerifyCheckpoint(admin_pb2.CheckpointRef(job="demo", step=2))).json)
     assert verified["sound"] is False
     assert verified["problems"][0]["index"] == 1
+    (listed,) = [
+        json.loads(text) for text in (await admin.ListCheckpoints(admin_pb2.JobRef(job="demo"))).json
+    ]
+    assert f"shard 1 ({digest_of(b'second')}): damaged" in listed["damaged"] == verified["damaged"]
+    # Who computes the same state again sends the shard again.
+    assert await pair.checkpoint(2, shards) == [False, True]
+    assert (store / digest_of(b"second")[:2] / digest_of(b"second")).read_bytes() == b"second"
+    verified = json.loads((await admin.VerifyCheckpoint(admin_pb2.CheckpointRef(job="demo", step=2))).json)
+    assert (verified["sound"], verified["damaged"]) == (True, None)
     found, message = await refusal(admin.GetCheckpoint(admin_pb2.CheckpointRef(job="demo", step=7)))
     assert found == agent_pb2.REFUSAL_UNKNOWN_CHECKPOINT
     assert "it has: 2" in message
@@ -593,7 +602,7 @@ async def test_an_operator_pins_deletes_and_sweeps(tmp_path: Path) -> None:
         assert (dry["blobs"], dry["bytes"], dry["young_blobs"]) == (1, len(b"state 2"), 1)
         assert dry["found"][0]["digest"] == digest_of(b"state 2")
         assert (await collect(dry_run=False))["blobs"] == 1
-        stored = {path.name for path in (c.home / "blobs").rglob("*") if path.is_file()}
+        stored = {digest for digest, *_ in c.coordinator._store.stored()}
         assert stored == {digest_of(data) for data in (b"state 1", b"state 3", b"a dataset on its way")}
         assert (await collect(dry_run=True))["blobs"] == 0
         kinds = [row.text for row in c.coordinator.journal.records(0) if "checkpoint 2" in row.text]

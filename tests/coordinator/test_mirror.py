@@ -129,3 +129,23 @@ async def test_checkpoints_from_before_manifests_were_signed_are_signed_at_the_s
         with Journal(c.home / "journal.db") as journal:
             rows = journal.records(0, kind="ManifestCommitted")
         assert len(rows) == 2, "once by its shards, once signed anew"
+
+
+async def test_a_manifest_that_was_edited_in_the_journal_is_found_damaged(tmp_path: Path) -> None:
+    config = loopback_config()
+    async with running_coordinator(tmp_path, config=config) as c:
+        pair = Pair(c)
+        await pair.form()
+        await pair.progress(1, 3)
+        await pair.checkpoint(2, [b"one", b"two"])
+        text = await committed(c)
+    with Journal(c.home / "journal.db") as journal:
+        state = json.loads(encode_state(restore(journal, config.budget())))
+        (found,) = state["jobs"][0]["checkpoints"]
+        found["manifest_json"] = text.replace('"bytes":3', '"bytes":4', 1)
+        journal.write_snapshot(Snapshot(sequence=journal.last_sequence, body=json.dumps(state)))
+    async with running_coordinator(tmp_path, config=config) as c:
+        request = admin_pb2.CheckpointRef(job="demo", step=2)
+        view = json.loads((await (await c.admin()).VerifyCheckpoint(request, timeout=RPC_TIMEOUT_S)).json)
+        assert view["sound"] is False
+        assert "manifest: it was changed since the coordinator signed it" in view["damaged"]

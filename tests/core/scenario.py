@@ -42,6 +42,7 @@ from coordinator.core.model import (
     CheckpointAction,
     CheckpointCommanded,
     CoordinatorStarted,
+    DamageFound,
     EnrollAsked,
     Evaluation,
     EvaluationsReceived,
@@ -373,6 +374,13 @@ class Scenario:
             self.happen(command)
         elif verb == "rollback":
             self.happen(RollbackAsked(job_id=self.job().job_id, step=int(rest[0]), by="olga"))
+        elif verb == "finds":  # finds 20 damaged [other]
+            step, job = int(rest[0]), self.job()
+            found = next((c for c in job.checkpoints if c.step == step), None)
+            digest = "other" if "other" in rest or found is None else found.manifest_digest
+            self.happen(
+                DamageFound(job_id=job.job_id, step=step, manifest_digest=digest, detail="shard 0: missing")
+            )
         elif verb in {action.value for action in JobAction}:
             job = self.job(rest[0] if rest else None)
             self.happen(JobCommanded(job_id=job.job_id, action=JobAction(verb)))
