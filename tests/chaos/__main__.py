@@ -25,6 +25,7 @@ def main() -> int:
     parser.add_argument("--each", type=float, default=120.0, help="seconds of blows per seed")
     parser.add_argument("--agents", type=int, default=4)
     parser.add_argument("--gap", type=float, default=3.0, help="mean seconds between blows")
+    parser.add_argument("--lease", type=float, default=2.0, help="seconds; more where others use the machine")
     options = parser.parse_args()
     end_s = time.monotonic() + 60 * options.minutes
     verdicts: list[Verdict] = []
@@ -42,6 +43,7 @@ def main() -> int:
                 dataset=dataset,
                 agents=options.agents,
                 gap_s=options.gap,
+                lease_s=options.lease,
                 tell=lambda line: print(line, flush=True),
             )
             verdicts.append(verdict)

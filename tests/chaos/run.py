@@ -23,12 +23,11 @@ from tests.chaos.storm import Fallen, Storm
 from tests.e2e.fleet import CALL_S, Fleet, environment
 from tests.e2e.oracle import check_exactly_once, check_slices
 
-LEASE_S = 2.0
 LOSS_TOLERANCE = 1e-4
 """Relative: worlds of different sizes add up in different orders."""
 TRAIN_LIMIT_S = 90.0
-"""From the last blow until all train together: the longest cool-down, a worker that was started slowly
-again after several deaths, and two tries to form."""
+"""From the last blow until all train together, beside some leases: the longest cool-down, a worker that
+was started slowly again after several deaths, and two tries to form."""
 ORPHAN_LIMIT_S = 10.0
 STEPS = 1_000_000
 """Of the job, which is stopped when the storm is over."""
@@ -67,6 +66,7 @@ def live(
     dataset: Path,
     agents: int = 4,
     gap_s: float = 3.0,
+    lease_s: float = 2.0,
     tell: Callable[[str], None] = print,
 ) -> Verdict:
     """Run one seed for so many seconds of blows, in `root`, which must exist and be short."""
@@ -75,7 +75,7 @@ def live(
     trace = StepTrace(root / "steps")
     fleet = Fleet(
         root=root,
-        lease=f"{LEASE_S:g}s",
+        lease=f"{lease_s:g}s",
         # Flapping cools down, and is forgiven: otherwise a long run ends with nobody who may train.
         timing={"quarantine_base": "2s", "quarantine_max": "8s", "forgive": "10s"},
         variables={"MUSTER_STEP_TRACE": str(trace.path)},
@@ -91,10 +91,10 @@ def live(
             fleet.wait_generation(job, members=agents)
             storm = Storm(fleet, trace, token.token, tell)
             try:
-                blows = make_blows(seed, until_s=seconds, gap_s=gap_s, lease_s=LEASE_S)
+                blows = make_blows(seed, until_s=seconds, gap_s=gap_s, lease_s=lease_s)
                 storm.rage(blows, seconds)
                 storm.heal()
-                verdict.recovered_s = _train_again(fleet, job, agents)
+                verdict.recovered_s = _train_again(fleet, job, agents, TRAIN_LIMIT_S + 15 * lease_s)
                 _end(fleet, job)
                 _judge(verdict, fleet, job, config, dataset, storm)
             finally:
@@ -113,11 +113,11 @@ def live(
     return verdict
 
 
-def _train_again(fleet: Fleet, job: str, agents: int) -> float:
+def _train_again(fleet: Fleet, job: str, agents: int, limit_s: float) -> float:
     """Wait until all agents are in a formed generation that commits steps; how long that took."""
     since_s = time.monotonic()
-    while time.monotonic() - since_s < TRAIN_LIMIT_S:
-        view = fleet.job(job)
+    view = fleet.job(job)
+    while time.monotonic() - since_s < limit_s:
         generation = view["generation"]
         whole = generation is not None and len(generation["members"]) == agents
         if whole and all(member["formed"] for member in generation["members"]):
@@ -125,7 +125,8 @@ def _train_again(fleet: Fleet, job: str, agents: int) -> float:
             if fleet.job(job)["generation"]["number"] == generation["number"]:
                 return time.monotonic() - since_s
         fleet.wait_step(job, view["committed_step"] + 1)
-    raise AssertionError(f"no {agents} agents train together {TRAIN_LIMIT_S:g} s after the last blow: {view}")
+        view = fleet.job(job)
+    raise AssertionError(f"no {agents} agents train together {limit_s:g} s after the last blow: {view}")
 
 
 def _end(fleet: Fleet, job: str) -> None:
