@@ -78,6 +78,7 @@ class Checks:
         # Of what is committed, by job.
         self._generation: dict[JobId, int] = {}
         self._step: dict[JobId, int] = {}
+        self._lineage: dict[JobId, int] = {}  # what is of an earlier generation has been given up
         self._manifest_ms: dict[JobId, int] = {}
         self._stores: dict[tuple[str, int], None] = {}
         self._acknowledged: dict[JobId, int] = {}
