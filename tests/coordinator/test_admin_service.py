@@ -564,6 +564,7 @@ async def test_a_sweep_removes_retired_shards_and_nothing_that_is_referred_to(tm
 async def test_an_operator_pins_deletes_and_sweeps(tmp_path: Path) -> None:
     config = loopback_config(blobs={"reserve": 0, "retired_grace": 0, "orphan_grace": "1h"})
     async with running_coordinator(tmp_path, config=config) as c:
+        await c.coordinator._sweeper.stop()  # which would come first on a busy machine
         pair, admin = Pair(c), await c.admin()
         await pair.form({**JOB, "checkpoint": {"keep": 2, "every_steps": 1, "keep_best": 1}})
         await put(admin, b"a dataset on its way")
