@@ -38,6 +38,8 @@ PEER_STALL_TIMEOUT_S = 15.0
 SPARED_S = 600.0
 UNREACHABLE_S = 60.0  # an agent that did not answer is left alone for so long
 SOURCES_ASKED = 8
+BUSY_TRIES = 40
+LONGEST_BUSY_DELAY_S = 5.0
 UPLOADS_AT_ONCE = 2
 TRANSFERS_AT_ONCE = 8
 PRESIGNED_TRIES = 5
@@ -189,6 +191,7 @@ class BlobClient:
         self._fetching: dict[str, asyncio.Lock] = {}
         self._unreachable: dict[str, float] = {}
         self._liars: set[str] = set()
+        self._busy: set[str] = set()  # blobs that an agent has, which could not serve one more just now
         # Apart from the loop's own threads: a store that stalls must not hold up the rest of the agent.
         self._transfers = ThreadPoolExecutor(TRANSFERS_AT_ONCE, thread_name_prefix="transfer")
 
@@ -224,15 +227,27 @@ class BlobClient:
 
     async def _receive(self, piece: Piece, partial: Partial, moved: Moved) -> None:
         """Return when the partial file is the blob: each source goes on where the one before broke off."""
-        for source in await self._sources(piece.digest):
-            if await self._receive_whole(_FromAgent(self, source), piece, partial, moved):
-                return
-        for _ in range(2):
-            if await self._receive_whole(_FromStore(self), piece, partial, moved):
-                return
-        raise BlobError(
-            f"blob {piece.digest}: the bytes received twice hash to something else; tell the operator"
-        )
+        delay_s = FIRST_DELAY_S
+        for left in reversed(range(BUSY_TRIES)):
+            self._busy.discard(piece.digest)
+            for source in await self._sources(piece.digest):
+                if await self._receive_whole(_FromAgent(self, source), piece, partial, moved):
+                    return
+            try:
+                for _ in range(2):
+                    if await self._receive_whole(_FromStore(self), piece, partial, moved):
+                        return
+            except grpc.aio.AioRpcError as error:
+                lost = wire.refusal_of(error) == agent_pb2.REFUSAL_UNKNOWN_BLOB
+                if not (lost and left and piece.digest in self._busy):
+                    raise
+                # The store has lost it, and who has it serves others just now.
+                await asyncio.sleep(delay_s * random.uniform(0.5, 1.0))
+                delay_s = min(delay_s * 2, LONGEST_BUSY_DELAY_S)
+            else:
+                raise BlobError(
+                    f"blob {piece.digest}: the bytes received twice hash to something else; tell the operator"
+                )
 
     async def _receive_whole(
         self, source: _FromAgent | _FromStore, piece: Piece, partial: Partial, moved: Moved
@@ -308,9 +323,10 @@ class BlobClient:
         except (grpc.aio.AioRpcError, TimeoutError) as error:
             why = error.details() if isinstance(error, grpc.aio.AioRpcError) else "it is silent"
             log.info("blob.agent_gave_up", **about, bytes=partial.size - before, why=why)
-            if partial.size == before and not (
-                isinstance(error, grpc.aio.AioRpcError) and wire.refusal_of(error) is not None
-            ):
+            refusal = wire.refusal_of(error) if isinstance(error, grpc.aio.AioRpcError) else None
+            if refusal == agent_pb2.REFUSAL_RATE_LIMITED:
+                self._busy.add(piece.digest)
+            elif refusal is None and partial.size == before:
                 self._unreachable[source.agent_id] = time.monotonic()
         else:
             log.info("blob.from_agent", **about, bytes=partial.size - before)

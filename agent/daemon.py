@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import secrets
@@ -242,7 +243,8 @@ class Agent:
 
     def _note_cache_change(self) -> None:
         if self._loop is not None:
-            self._loop.call_soon_threadsafe(self._cache_changed.set)
+            with contextlib.suppress(RuntimeError):  # the loop has ended, and nobody is told any more
+                self._loop.call_soon_threadsafe(self._cache_changed.set)
 
     async def _tell_of_cache(self) -> None:
         while True:

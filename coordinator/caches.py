@@ -123,8 +123,11 @@ class Caches:
     ) -> list[tuple[str, list[agent_pb2.BlobSource]]]:
         """For each digest of the job that the agent serves, who else has it; digests that nobody has are left out."""
         job_id = state.agents[agent_id].job_id
-        known = frozenset[str]() if job_id is None else blobs_of(state.jobs[job_id])
-        found = ((digest, self._serving(state, agent_id, digest)) for digest in digests if digest in known)
+        if job_id is None:
+            return []
+        named = blobs_of(state.jobs[job_id])
+        known = (digest for digest in digests if any(digest in blobs for blobs in named))
+        found = ((digest, self._serving(state, agent_id, digest)) for digest in known)
         return [(digest, sources) for digest, sources in found if sources]
 
     def _serving(self, state: State, agent_id: AgentId, digest: str) -> list[agent_pb2.BlobSource]:
@@ -172,12 +175,12 @@ def _order(agent_id: str, source: str, digest: str) -> bytes:
     return hashlib.blake2b(f"{agent_id}/{source}/{digest}".encode(), digest_size=8).digest()
 
 
-def blobs_of(job: Job) -> frozenset[str]:
-    """Every shard of the job's dataset and of its checkpoints."""
+def blobs_of(job: Job) -> list[frozenset[str]]:
+    """The shards of the job's dataset, and of each of its checkpoints."""
     named = [_shards_of_checkpoint(checkpoint.manifest_json) for checkpoint in job.checkpoints]
     if job.spec.dataset_json:
         named.append(_shards_of_dataset(job.spec.dataset_json))
-    return frozenset().union(*named)
+    return named
 
 
 @functools.lru_cache(maxsize=256)

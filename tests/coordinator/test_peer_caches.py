@@ -398,6 +398,23 @@ async def test_one_agent_gets_no_more_than_its_share_of_a_lender(circle: Circle)
             call.cancel()
 
 
+async def test_an_agent_that_is_only_busy_is_asked_again_when_nobody_else_has_the_blob(
+    circle: Circle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("agent.peers.SERVED_AT_ONCE", 1)
+    shards = [os.urandom(2_000_000) for _ in range(4)]
+    await circle.pair.progress(6, 6)
+    assert (await circle.pair.checkpoint(6, shards))[-1]
+    one, three = await circle.lender(0), await circle.lender(2)
+    pieces = [one.put(data) for data in shards]
+    await one.say(*pieces)
+    for piece in pieces:
+        circle.lose(piece)
+    paths = await asyncio.gather(*(three.client.fetch(piece) for piece in pieces))
+    assert [path.read_bytes() for path in paths] == shards
+    assert one.server.service.served_bytes == sum(map(len, shards))
+
+
 def test_bytes_are_spread_over_time_by_the_volunteers_bound() -> None:
     now = 100.0
     pace = Pace(1_000, monotonic=lambda: now)
