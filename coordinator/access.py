@@ -339,6 +339,8 @@ def _guarded(
         refusal = _refusal(error)
         if refusal is not None:
             refused(refusal.name)
+            if refusal is Refusal.NO_SPACE:  # nobody but our operator can do something about it
+                log.warning("no space", error=str(error))
             await context.abort_with_status(refusal_status(int(refusal), str(error)))
         elif isinstance(error, LoopStoppedError | BlobsUnavailableError):
             await context.abort(grpc.StatusCode.UNAVAILABLE, str(error))

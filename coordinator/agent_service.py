@@ -202,6 +202,9 @@ class AgentService(agent_pb2_grpc.AgentServiceServicer):
     ) -> agent_pb2.ReportShardReply:
         event = translate.shard_report(request, calling_agent())
         await self._blob_service.take_in(event.digest, event.bytes)
+        # Asking what is missing makes it wanted: a sweep that looked at the state before this is recorded must
+        # not find it old.
+        await asyncio.to_thread(self._blobs.missing, [event.digest])
         size = await asyncio.to_thread(self._blobs.size, event.digest)
         if size is None:
             raise CallRefusedError(

@@ -153,6 +153,17 @@ def _overtaken(job: Job, now_ms: int) -> tuple[Record, ...]:
     )
 
 
+def end(job: Job, now_ms: int) -> tuple[Record, ...]:
+    """Give up what an ended job left incomplete: nobody serves it any more, so nobody's shard will be taken."""
+    if job.phase not in ENDED:
+        return ()
+    reason = f"the job is {job.phase.value}"
+    return tuple(
+        PendingDropped(at_ms=now_ms, job_id=job.job_id, step=pending.step, reason=reason)
+        for pending in job.pending
+    )
+
+
 def _anew(job: Job, now_ms: int) -> tuple[Record, ...]:
     """Have a checkpoint taken at once where one was probably lost, instead of at the next turn.
 

@@ -192,6 +192,9 @@ def _settle_job(state: State, job: Job, now_ms: int) -> tuple[Record, ...]:
     if retired:
         return retired
     if job.phase in ENDED or job.phase is JobPhase.PAUSED:
+        dropped = checkpoints.end(job, now_ms)
+        if dropped:
+            return dropped
         reason = f"job {job.spec.name} is {job.phase.value}"
         return tuple(_unassign(job, agent_id, reason, now_ms) for agent_id in job.assigned)
     return (

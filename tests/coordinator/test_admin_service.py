@@ -424,6 +424,27 @@ async def test_a_shard_that_is_not_stored_as_said_is_refused(pair: Pair) -> None
     assert (found, message.startswith("bytes: found 6")) == (agent_pb2.REFUSAL_INVALID, True)
 
 
+async def test_a_shard_that_is_reported_long_after_its_upload_is_not_swept(pair: Pair) -> None:
+    """Neither by a sweep that looked at the state before the report."""
+    stub = await pair.c.agent(pair.identities[0])
+    await put(stub, b"shard")
+    digest = digest_of(b"shard")
+    os.utime(pair.c.home / "blobs" / digest[:2] / digest, (0, 0))
+    report = agent_pb2.ReportShardRequest(
+        job_id=pair.job_id,
+        generation=pair.generation,
+        step=1,
+        index=0,
+        count=2,
+        digest=digest,
+        bytes=5,
+        header_json="{}",
+    )
+    await stub.ReportShard(report, timeout=RPC_TIMEOUT_S)
+    (found,) = pair.c.coordinator._sweeper._collect(set(), dry_run=False)
+    assert not found.old
+
+
 async def test_a_dead_member_is_replaced_in_a_new_generation(c: RunningCoordinator) -> None:
     pair = Pair(c)
     await pair.form({**JOB, "elastic": {"min_nodes": 1, "max_nodes": 2, "last_call": "10m"}})
