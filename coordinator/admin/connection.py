@@ -27,6 +27,7 @@ RECONNECT_WINDOW_S = 600.0
 RECONNECT_PAUSE_S = 1.0
 FIND_BATCH = 10_000  # FindBlobsRequest's bound
 DOWNLOAD_ATTEMPTS = 5
+UPLOAD_ATTEMPTS = 5
 
 
 def default_identity_path() -> Path:
@@ -155,17 +156,31 @@ class Coordinator:
         return missing
 
     def put_blob(self, digest: str, path: Path, advance: Callable[[int], object]) -> None:
-        """Upload a file under its digest; `advance` hears the bytes of each chunk that was sent."""
+        """Upload a file under its digest, going on where a broken attempt, also one of an earlier command, ended;
+        `advance` hears the bytes of each chunk that was sent."""
 
-        def messages() -> Iterator[agent_pb2.PutBlobRequest]:
+        def messages(offset: int) -> Iterator[agent_pb2.PutBlobRequest]:
             with path.open("rb") as file:
-                header = agent_pb2.PutBlobHeader(digest=digest, bytes=os.fstat(file.fileno()).st_size)
+                size = os.fstat(file.fileno()).st_size
+                header = agent_pb2.PutBlobHeader(digest=digest, bytes=size, offset=offset)
                 yield agent_pb2.PutBlobRequest(header=header)
+                file.seek(offset)
                 while chunk := file.read(wire.CHUNK_BYTES):
                     yield agent_pb2.PutBlobRequest(data=chunk)
                     advance(len(chunk))
 
-        self.call(self.stub.PutBlob, messages(), TRANSFER_TIMEOUT_S)
+        for left in reversed(range(UPLOAD_ATTEMPTS)):
+            found = self.call(self.stub.FindBlobs, agent_pb2.FindBlobsRequest(digests=[digest]))
+            if not found.missing:
+                return
+            try:
+                self.call(self.stub.PutBlob, messages(found.received.get(digest, 0)), TRANSFER_TIMEOUT_S)
+            except Unreachable:
+                if not left:
+                    raise
+                time.sleep(RECONNECT_PAUSE_S)
+            else:
+                return
 
     def get_blob(self, digest: str, path: Path, advance: Callable[[int], object]) -> None:
         """Download a blob to `path`, resuming where a broken connection left off.  Raise OperationFailed

@@ -32,6 +32,9 @@ class Service(admin_pb2_grpc.AdminServiceServicer):
     submitted: list[admin_pb2.SubmitJobRequest] = field(default_factory=list)
     requests: list[Any] = field(default_factory=list)
     asked: threading.Event = field(default_factory=threading.Event)  # a job was looked at
+    suspended: dict[str, bytes] = field(default_factory=dict)
+    put_offsets: list[int] = field(default_factory=list)
+    put_breaks: int = 0  # how many uploads still to break after their first chunk
     stream_breaks: int = 0  # how many followed streams still to break after each message
 
     def _refuse(self, context: grpc.ServicerContext, refusal: int, message: str) -> None:
@@ -171,7 +174,9 @@ class Service(admin_pb2_grpc.AdminServiceServicer):
         )
 
     def FindBlobs(self, request, context):
-        return agent_pb2.FindBlobsReply(missing=[d for d in request.digests if d not in self.blobs])
+        missing = [digest for digest in request.digests if digest not in self.blobs]
+        received = {digest: len(self.suspended[digest]) for digest in missing if digest in self.suspended}
+        return agent_pb2.FindBlobsReply(missing=missing, received=received)
 
     def GetBlob(self, request, context):
         blob = self.blobs[request.digest][request.offset :]
@@ -183,7 +188,14 @@ class Service(admin_pb2_grpc.AdminServiceServicer):
 
     def PutBlob(self, request_iterator, context):
         header = next(request_iterator).header
-        data = b"".join(message.data for message in request_iterator)
+        data = self.suspended.pop(header.digest, b"")[: header.offset]
+        self.put_offsets.append(header.offset)
+        for message in request_iterator:
+            data += message.data
+            if self.put_breaks and data:
+                self.put_breaks -= 1
+                self.suspended[header.digest] = data
+                context.abort(grpc.StatusCode.UNAVAILABLE, "the line broke")
         if hashlib.sha256(data).hexdigest() != header.digest or len(data) != header.bytes:
             self._refuse(context, agent_pb2.REFUSAL_DIGEST_MISMATCH, f"blob {header.digest}")
         self.blobs[header.digest] = data

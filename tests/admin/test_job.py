@@ -17,6 +17,7 @@ import yaml
 from click.testing import Result
 from rich.console import Console
 
+from coordinator.admin.connection import Coordinator
 from coordinator.admin.waiting import shown
 from protos import admin_pb2, agent_pb2
 from tests.admin.conftest import error_line
@@ -71,6 +72,23 @@ def test_submitting_uploads_the_missing_blobs_and_sends_both_parts(
     assert spec["elastic"] == {"min_nodes": 1, "max_nodes": 3}
     assert spec["data"] == {"path": f"sha256:{hashlib.sha256(manifest.encode()).hexdigest()}"}
     assert str(tmp_path) not in request.spec_json
+
+
+def test_an_upload_whose_line_breaks_goes_on_where_it_ended(
+    served: Served, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("coordinator.admin.connection.RECONNECT_PAUSE_S", 0.0)
+    data = os.urandom(3_000_000)
+    digest = hashlib.sha256(data).hexdigest()
+    (tmp_path / "blob").write_bytes(data)
+    sent: list[int] = []
+    served.service.put_breaks = 1
+    with Coordinator.open(served.identity_path) as coordinator:
+        coordinator.put_blob(digest, tmp_path / "blob", sent.append)
+        assert served.service.blobs == {digest: data}
+        assert served.service.put_offsets == [0, 1 << 20]
+        coordinator.put_blob(digest, tmp_path / "blob", sent.append)
+        assert len(served.service.put_offsets) == 2, "what is stored is not sent"
 
 
 def test_a_second_submission_uploads_nothing(muster_json, served: Served, job_file: Path) -> None:
