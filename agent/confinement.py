@@ -129,13 +129,13 @@ class Launch:
 
 def _code(command: Sequence[str], environment: Mapping[str, str]) -> list[str]:
     """Where the interpreter, the libraries and the trainer are."""
-    trainer = importlib.util.find_spec("trainer")
+    ours = [importlib.util.find_spec(name) for name in ("trainer", "protos")]  # of which it reads `seal`
     found = [
         sys.prefix,
         sys.base_prefix,
         *sysconfig.get_paths().values(),
         *site.getsitepackages(),
-        *((trainer and trainer.submodule_search_locations) or ()),
+        *(place for spec in ours for place in ((spec and spec.submodule_search_locations) or ())),
         *environment.get("PYTHONPATH", "").split(os.pathsep),
         *(part for part in command if Path(part).is_absolute()),
     ]

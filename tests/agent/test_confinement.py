@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from agent import launch
-from agent.confinement import OPEN_FILES, Launch, clean_environment, confines
+from agent.confinement import OPEN_FILES, Launch, _code, clean_environment, confines
 from agent.errors import BadInput
 from agent.home import Home
 from agent.workers import Exit, Worker
@@ -119,3 +119,11 @@ def test_the_agents_own_environment_is_closed_to_others_of_its_user() -> None:
     code = "import ctypes; from agent.confinement import hide; hide(); print(ctypes.CDLL(None).prctl(3, 0, 0, 0, 0))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "0\n"
+
+
+def test_a_confined_worker_may_read_every_file_of_ours_that_it_imports() -> None:
+    code = "import sys, trainer.train, trainer.elastic; print(*(m.__file__ for m in sys.modules.values() if getattr(m, '__file__', None)), sep='\\n')"
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    allowed = _code((), {})
+    for file in done.stdout.split():
+        assert any(Path(file).is_relative_to(place) for place in allowed), file
