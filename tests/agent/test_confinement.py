@@ -125,5 +125,6 @@ def test_a_confined_worker_may_read_every_file_of_ours_that_it_imports() -> None
     code = "import sys, trainer.train, trainer.elastic; print(*(m.__file__ for m in sys.modules.values() if getattr(m, '__file__', None)), sep='\\n')"
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
     allowed = _code((), {})
-    for file in done.stdout.split():
-        assert any(Path(file).is_relative_to(place) for place in allowed), file
+    found = [Path(file) for file in done.stdout.split()]
+    for file in (file for file in found if file.is_absolute()):  # torch gives some modules no real name
+        assert any(file.is_relative_to(place) for place in allowed), file
