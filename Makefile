@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: help demo test lint format protos bench floods fuzz sim chaos clean
+.PHONY: help demo test lint format protos bench floods fuzz sim crash chaos clean
 
 help:
 	@echo "make demo    train on three agents of this machine, kill one, let one rejoin"
@@ -15,6 +15,7 @@ help:
 	@echo "make floods  a real musterd under floods on loopback: CONNECTIONS=10000"
 	@echo "make fuzz    every reader of foreign bytes under atheris: SECONDS_EACH=60"
 	@echo "make chaos   real fleets struck at random: MINUTES=60 SEED=1"
+	@echo "make crash   SIGKILL a coordinator under load: KILLS=200"
 	@echo "make bench   every benchmark that needs no GPU (takes an hour)"
 
 $(BIN)/python:
@@ -52,6 +53,7 @@ bench: $(VENV)/installed-dev
 	$(BIN)/python -m bench.overhead
 	$(BIN)/python -m bench.churn
 	$(BIN)/python -m bench.checkpoint
+	$(BIN)/python -m bench.coordinator
 
 CONNECTIONS ?= 10000
 floods: $(VENV)/installed-dev
@@ -72,6 +74,10 @@ SEED    ?= 1
 chaos: $(VENV)/installed-dev
 	$(BIN)/python -m pytest -m long tests/chaos
 	$(BIN)/python -m tests.chaos --minutes $(MINUTES) --seed $(SEED)
+
+KILLS ?= 200
+crash: $(VENV)/installed-dev
+	$(BIN)/python -m tests.crash --kills $(KILLS)
 
 clean:
 	rm -rf $(VENV) out build *.egg-info .mypy_cache .ruff_cache .hypothesis

@@ -124,7 +124,7 @@ class Fleet:
             check=True,
             capture_output=True,
         )
-        _admit(self.home / "journal.db", size)
+        admit(self.home / "journal.db", size)
         self.started_s = self.start()
         # What the coordinator takes without sessions, all the same for every one of them.
         self.rss_before = self.rss
@@ -223,7 +223,7 @@ class Fleet:
         self._stack.close()
 
 
-def _admit(path: Path, size: int) -> None:
+def admit(path: Path, size: int) -> None:
     """A journal that knows `size` agents, none of which has come yet."""
     now_ms = int(time.time() * 1000)
     token = Token(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ctypes
+import datetime as dt
 import gc
 import json
 import re
@@ -12,16 +13,18 @@ import resource
 import shutil
 import signal
 import sys
+import tempfile
 from pathlib import Path
 
 import click
 import structlog
 
+from coordinator import backup
 from coordinator import config as configuration
 from coordinator.core import codec
 from coordinator.core.model import Timing
 from coordinator.identity import Authority, IdentityError, RevokedOperators, Role
-from coordinator.journal import Journal, JournalError
+from coordinator.journal import Journal, JournalError, copy
 from coordinator.loop import restore
 from coordinator.server import Addresses, Coordinator, StartError
 from protos.wire import BadAddress, split_address
@@ -179,16 +182,65 @@ def _announce(addresses: Addresses, home: Path) -> None:
 )
 @click.option("--until", type=click.IntRange(min=0), help="Stop after this record; default: the last one.")
 def replay(home: Path, until: int | None) -> None:
-    """Fold the journal of HOME and print the state as JSON."""
+    """Fold the journal of HOME and print the state as JSON, also while it is being served."""
     path = home / "journal.db"
     if not path.exists():
         _fail(f"journal {path}: there is none; this coordinator has never served", EXIT_USAGE)
     try:
-        with Journal(path) as journal:
-            state = restore(journal, Timing.from_lease(configuration.CoordinatorConfig().lease), until)
+        # A copy, so that looking changes nothing: not the file, and not what a crash has left beside it.
+        with tempfile.TemporaryDirectory(prefix="musterd-replay-") as directory:
+            copied = Path(directory) / "journal.db"
+            copy(path, copied)
+            with Journal(copied) as journal:
+                if until is not None and until > journal.last_sequence:
+                    _fail(f"--until {until}: the last record is {journal.last_sequence}", EXIT_USAGE)
+                state = restore(journal, Timing.from_lease(configuration.CoordinatorConfig().lease), until)
+    except JournalError as error:
+        _fail(str(error).replace(str(copied), str(path)), EXIT_FAILED)
+    click.echo(json.dumps(json.loads(codec.encode_state(state)), indent=2, ensure_ascii=False))
+
+
+@main.command("backup")
+@click.option(
+    "--home",
+    required=True,
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    help="Directory made by `musterd init`.",
+)
+@click.argument("out", type=click.Path(dir_okay=False, path_type=Path))
+def make_backup(home: Path, out: Path) -> None:
+    """Write the journal and the keys of HOME to the new file OUT, also while it is being served.
+
+    Whoever has OUT is the coordinator: keep it like the keys.  Blobs are not in it; copy HOME/blobs too."""
+    try:
+        made = backup.make(home, out)
+    except (backup.BackupError, IdentityError) as error:
+        _fail(str(error), EXIT_USAGE)
     except JournalError as error:
         _fail(str(error), EXIT_FAILED)
-    click.echo(json.dumps(json.loads(codec.encode_state(state)), indent=2, ensure_ascii=False))
+    except OSError as error:
+        _fail(f"{out}: {error.strerror or error}", EXIT_FAILED)
+    click.echo(f"wrote {out}: {made.last_record} records, {', '.join(made.digests)}; no blobs")
+
+
+@main.command("restore")
+@click.option(
+    "--home", required=True, type=click.Path(path_type=Path), help="New directory to make of the backup."
+)
+@click.argument("archive", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+def restore_backup(home: Path, archive: Path) -> None:
+    """Make a coordinator's home of what `musterd backup` wrote.
+
+    What was decided after the backup is not known to it: stop jobs that ran on before you serve it."""
+    try:
+        made = backup.restore(archive, home)
+    except backup.BackupError as error:
+        _fail(str(error), EXIT_USAGE)
+    except OSError as error:
+        _fail(f"home {home}: {error.strerror or error}", EXIT_FAILED)
+    when = dt.datetime.fromtimestamp(made.made_unix_ms / 1000, dt.UTC).isoformat(timespec="seconds")
+    click.echo(f"made {home}: {made.last_record} records, as of {when}")
+    click.echo(f"next: copy the old home's blobs to {home / 'blobs'}, then musterd serve --home {home}")
 
 
 @main.group()

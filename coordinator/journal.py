@@ -7,8 +7,10 @@ not know what a record means: the loop hands in text and takes text out.
 
 from __future__ import annotations
 
+import contextlib
 import sqlite3
 import threading
+import time
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
@@ -18,6 +20,8 @@ from typing import Any, Self
 APPLICATION_ID = 0x4D535452  # "MSTR"
 SNAPSHOTS_KEPT = 2
 PAGE_ROWS = 500
+CHECKPOINT_ROWS = 1_000
+"""So many rows are written to the write-ahead log before it is moved into the file."""
 
 
 class JournalError(Exception):
@@ -133,6 +137,12 @@ MIGRATIONS: tuple[str, ...] = (
         PRIMARY KEY (job_id, step)
     ) WITHOUT ROWID;
     """,
+    # version 2: a record's checksum covers all its columns, since the clock goes on from `at_ms`; and a file
+    # whose newest commits are in its write-ahead log says so (see `Journal._checkpoint`).
+    """
+    CREATE TABLE needs_log (since_ms INTEGER NOT NULL);
+    UPDATE records SET crc = summed_anew(sequence, at_ms, kind, job_id, body, text, crc);
+    """,
 )
 """Each brings the schema from its index to its index plus one; never edited once released."""
 
@@ -140,8 +150,51 @@ _STEP_COLUMNS = ", ".join(field.name for field in fields(StepRow))
 _STEP_MARKS = ", ".join("?" for _ in fields(StepRow))
 
 
-def _crc(text: str) -> int:
-    return zlib.crc32(text.encode())
+def _crc(*columns: object) -> int:
+    return zlib.crc32("\0".join(map(str, columns)).encode(errors="surrogatepass"))
+
+
+def _wal(path: Path) -> Path:
+    return path.with_name(f"{path.name}-wal")
+
+
+def copy(source: Path, target: Path) -> None:
+    """Make `target` a whole journal with everything that `source` holds now, whoever is writing to it.
+
+    Raise JournalError if the source cannot be read, OSError if the target cannot be written."""
+    if _is_cut_off(source):
+        raise JournalError(_cut_off(source))
+    try:
+        reading = sqlite3.connect(f"{source.absolute().as_uri()}?mode=ro", uri=True)
+        writing = sqlite3.connect(target)
+        try:
+            reading.backup(writing)
+            if writing.execute("SELECT 1 FROM sqlite_master WHERE name = 'needs_log'").fetchone():
+                writing.execute("DELETE FROM needs_log")
+                writing.commit()
+        finally:
+            writing.close()
+            reading.close()
+    except sqlite3.Error as error:
+        raise JournalError(f"journal {source}: cannot be copied ({error})") from error
+
+
+def _is_cut_off(path: Path) -> bool:
+    """Whether the write-ahead log of `path` is not there, and the file says that it needs it."""
+    if not path.exists() or _wal(path).exists():
+        return False
+    # Without a log there is nothing to recover: the file is looked at as it is, and left as it is.
+    uri = f"{path.absolute().as_uri()}?mode=ro&immutable=1"
+    with contextlib.suppress(sqlite3.Error), contextlib.closing(sqlite3.connect(uri, uri=True)) as connection:
+        return connection.execute("SELECT 1 FROM needs_log").fetchone() is not None
+    return False
+
+
+def _cut_off(path: Path) -> str:
+    return (
+        f"journal {path}: {_wal(path).name} is missing; a coordinator was serving when this copy was made, and what "
+        "it decided last is in that file. Copy both while nothing serves, or restore what `musterd backup` made"
+    )
 
 
 class Journal:
@@ -150,25 +203,46 @@ class Journal:
     def __init__(self, path: Path) -> None:
         """Open or create; raise JournalError for a damaged, foreign or newer file."""
         self.path = path
+        self._unmoved_rows = 0
         self._lock = threading.Lock()
         self._read_lock = threading.Lock()
+        if _is_cut_off(path):
+            raise JournalError(_cut_off(path))
         try:
             self._writer = self._connect()
             try:
                 self._check()
                 self._migrate()
+                self._checkpoint()
                 self._reader = self._connect()
             except BaseException:
                 self._writer.close()
                 raise
         except sqlite3.Error as error:
             raise self._damaged(str(error)) from error
-        newest = self._writer.execute(
-            "SELECT coalesce(max(sequence), 0), coalesce(max(at_ms), 0) FROM records"
-        )
-        self._last_sequence: int
-        self._last_ms: int
-        self._last_sequence, self._last_ms = newest.fetchone()
+        newest = self._newest()
+        self._last_sequence = 0 if newest is None else newest.sequence
+        self._last_ms = 0 if newest is None else newest.at_ms
+
+    def _checkpoint(self) -> None:
+        """Move the write-ahead log into the file, with a row that the next commit, in the log, takes back.
+
+        So the file with its log is as it was, and the file alone says that something is missing; whoever
+        closes it last, be it the sqlite3 command after a crash, makes it whole by itself again."""
+        self._writer.execute("INSERT INTO needs_log VALUES (?)", (int(time.time() * 1000),))
+        self._writer.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()
+        self._writer.execute("DELETE FROM needs_log")
+        self._unmoved_rows = 0
+
+    def _newest(self) -> StoredRecord | None:
+        """The last record; decisions go on from its number and its time."""
+        try:
+            last = self._read("SELECT max(sequence) FROM records")[0][0]
+            found = [] if last is None else list(self.history(last - 1))
+        except BaseException:
+            self.close()
+            raise
+        return found[0] if found else None
 
     def _connect(self) -> sqlite3.Connection:
         connection = sqlite3.connect(self.path, check_same_thread=False, isolation_level=None)
@@ -176,6 +250,7 @@ class Journal:
             connection.execute("PRAGMA journal_mode = WAL")
             connection.execute("PRAGMA synchronous = FULL")
             connection.execute("PRAGMA busy_timeout = 5000")
+            connection.execute("PRAGMA wal_autocheckpoint = 0")  # see _checkpoint
         except BaseException:
             connection.close()
             raise
@@ -205,11 +280,23 @@ class Journal:
                 f"journal {self.path}: written by a newer musterd (schema {version}; this one knows up to "
                 f"{len(MIGRATIONS)}). Upgrade musterd, or restore a backup from before the upgrade"
             )
+        wrong: list[int] = []
+
+        def summed_anew(sequence: int, *columns: object) -> int:
+            if _crc(columns[3]) != columns[5]:  # version 1 summed the body alone
+                wrong.append(sequence)
+            return _crc(sequence, *columns[:5])
+
+        self._writer.create_function("summed_anew", 7, summed_anew, deterministic=True)
         for number in range(version, len(MIGRATIONS)):
             self._writer.executescript(
                 f"BEGIN IMMEDIATE; {MIGRATIONS[number]} PRAGMA application_id = {APPLICATION_ID};"
-                f"PRAGMA user_version = {number + 1}; COMMIT;"
+                f"PRAGMA user_version = {number + 1};"
             )
+            if wrong:
+                self._writer.execute("ROLLBACK")
+                raise self._damaged(f"record {wrong[0]} does not match its checksum")
+            self._writer.execute("COMMIT")
 
     def close(self) -> None:
         """Close both connections; safe to call twice."""
@@ -253,7 +340,14 @@ class Journal:
                                 record.job_id,
                                 record.body,
                                 record.text,
-                                _crc(record.body),
+                                _crc(
+                                    sequence,
+                                    record.at_ms,
+                                    record.kind,
+                                    record.job_id,
+                                    record.body,
+                                    record.text,
+                                ),
                             ),
                         )
                     self._write_steps(entry)
@@ -262,6 +356,9 @@ class Journal:
                 if self._writer.in_transaction:
                     self._writer.execute("ROLLBACK")
                 raise
+            self._unmoved_rows += sum(len(entry.records) + len(entry.steps) for entry in entries)
+            if self._unmoved_rows >= CHECKPOINT_ROWS:
+                self._checkpoint()
         self._last_sequence = sequence
         self._last_ms = at_ms
         return sequence
@@ -301,12 +398,16 @@ class Journal:
                 if self._writer.in_transaction:
                     self._writer.execute("ROLLBACK")
                 raise
+            self._checkpoint()
 
     # --------------------------------------------------------------------------- reading
 
     def _read(self, statement: str, values: Sequence[Any] = ()) -> list[tuple[Any, ...]]:
-        with self._read_lock:
-            return self._reader.execute(statement, values).fetchall()
+        try:
+            with self._read_lock:
+                return self._reader.execute(statement, values).fetchall()
+        except sqlite3.DatabaseError as error:
+            raise self._damaged(str(error)) from error
 
     def snapshot(self, at_most: int | None = None) -> Snapshot | None:
         """The newest undamaged snapshot, of at most this sequence number.
@@ -330,17 +431,14 @@ class Journal:
             )
             if not rows:
                 return
-            for sequence, at_ms, kind, job_id, body, text, crc in rows:
+            for row in rows:
+                sequence = row[0]
                 if until is not None and sequence > until:
                     return
                 if sequence != expected:
                     raise self._damaged(f"record {expected} is missing")
-                if _crc(body) != crc:
-                    raise self._damaged(f"record {sequence} does not match its checksum")
+                yield self._stored(row)
                 expected += 1
-                yield StoredRecord(
-                    sequence=sequence, at_ms=at_ms, kind=kind, job_id=job_id, body=body, text=text
-                )
 
     def records(
         self, after: int, *, job_id: str = "", kind: str = "", limit: int = PAGE_ROWS
@@ -352,14 +450,18 @@ class Journal:
                 where += f" AND {column} = ?"
                 values.append(value)  # type: ignore[arg-type]
         rows = self._read(
-            f"SELECT sequence, at_ms, kind, job_id, body, text FROM records WHERE {where} "  # noqa: S608
+            f"SELECT sequence, at_ms, kind, job_id, body, text, crc FROM records WHERE {where} "  # noqa: S608
             "ORDER BY sequence LIMIT ?",
             [*values, limit],
         )
-        return [
-            StoredRecord(sequence=row[0], at_ms=row[1], kind=row[2], job_id=row[3], body=row[4], text=row[5])
-            for row in rows
-        ]
+        return [self._stored(row) for row in rows]
+
+    def _stored(self, row: tuple[Any, ...]) -> StoredRecord:
+        *columns, crc = row
+        if _crc(*columns) != crc:
+            raise self._damaged(f"record {columns[0]} does not match its checksum")
+        sequence, at_ms, kind, job_id, body, text = columns
+        return StoredRecord(sequence=sequence, at_ms=at_ms, kind=kind, job_id=job_id, body=body, text=text)
 
     def steps(self, job_id: str, after_step: int, limit: int = PAGE_ROWS) -> list[StepRow]:
         """One page of a job's steps after `after_step`, in order."""

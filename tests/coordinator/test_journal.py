@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from coordinator.journal import (
+    CHECKPOINT_ROWS,
     MIGRATIONS,
     Entry,
     EvaluationRow,
@@ -18,6 +20,7 @@ from coordinator.journal import (
     Rollback,
     Snapshot,
     StepRow,
+    copy,
 )
 
 
@@ -174,3 +177,97 @@ def test_overwritten_pages_are_refused_when_opening(tmp_path: Path) -> None:
     path.write_bytes(data)
     with pytest.raises(JournalError, match="damaged"):
         Journal(path)
+
+
+# ------------------------------------------------------------------------------------- damage
+
+
+def outcome(path: Path) -> str | list[str]:
+    """Every body, as a coordinator would read them; or what it would refuse to start with."""
+    try:
+        with Journal(path) as journal:
+            assert journal.last_ms == journal.last_sequence
+            return [stored.body for stored in journal.history(0)]
+    except JournalError as error:
+        return str(error)
+
+
+def test_one_flipped_byte_anywhere_is_refused_or_changes_nothing(tmp_path: Path) -> None:
+    whole = tmp_path / "whole.db"
+    with Journal(whole) as journal:
+        journal.commit([Entry(records=(record(n),), steps=(step(n),)) for n in range(1, 301)])
+        journal.write_snapshot(Snapshot(sequence=300, body="state " * 200))
+    expected = outcome(whole)
+    assert isinstance(expected, list)
+    data = whole.read_bytes()
+    refused = 0
+    for place in range(7, len(data), len(data) // 60):
+        path = tmp_path / f"flipped{place}.db"
+        path.write_bytes(data[:place] + bytes([data[place] ^ 0x55]) + data[place + 1 :])
+        found = outcome(path)
+        if isinstance(found, list):
+            assert found == expected, f"byte {place}"
+        else:
+            assert str(path) in found, f"byte {place}"
+            refused += 1
+    assert refused > 10
+
+
+@pytest.mark.parametrize("kept", [10, 4096, 3 * 4096, 0.5, 0.99])
+def test_a_truncated_file_is_refused(tmp_path: Path, kept: float) -> None:
+    path = tmp_path / "j.db"
+    with Journal(path) as journal:
+        journal.commit([Entry(records=tuple(record(number) for number in range(1, 500)))])
+    data = path.read_bytes()
+    path.write_bytes(data[: kept if isinstance(kept, int) else int(len(data) * kept)])
+    with pytest.raises(JournalError, match="damaged"):
+        Journal(path)
+
+
+@pytest.fixture(params=[1, 2 * CHECKPOINT_ROWS + 1], ids=["short", "checkpointed"])
+def killed(tmp_path: Path, request: pytest.FixtureRequest) -> tuple[Path, int]:
+    """What is on the disk after a SIGKILL, the file and its log, and how many records were committed."""
+    (tmp_path / "left").mkdir()
+    with Journal(tmp_path / "journal.db") as journal:
+        for number in range(1, request.param + 1, 500):
+            rows = range(number, min(number + 500, request.param + 1))
+            journal.commit([Entry(records=tuple(record(n) for n in rows))])
+        for name in ("journal.db", "journal.db-wal"):
+            shutil.copy(tmp_path / name, tmp_path / "left" / name)
+    return tmp_path / "left" / "journal.db", request.param
+
+
+def test_a_killed_coordinators_journal_goes_on_with_its_log_and_is_refused_without(
+    killed: tuple[Path, int], tmp_path: Path
+) -> None:
+    left, count = killed
+    log = left.with_name("journal.db-wal")
+    kept = log.read_bytes()
+    log.unlink()
+    with pytest.raises(JournalError, match=r"journal\.db-wal is missing.*musterd backup"):
+        Journal(left)
+    with pytest.raises(JournalError, match=r"journal\.db-wal is missing"):
+        copy(left, tmp_path / "copy.db")
+    assert not log.exists()
+    log.write_bytes(kept)
+    assert len(outcome(left)) == count
+    assert not log.exists()  # closed cleanly: now the file is whole by itself
+    assert len(outcome(left)) == count
+
+
+def test_looking_into_a_killed_coordinators_journal_does_no_harm(killed: tuple[Path, int]) -> None:
+    left, count = killed
+    raw = sqlite3.connect(left)
+    assert raw.execute("SELECT count(*) FROM records").fetchone() == (count,)
+    raw.close()  # SQLite moves the log into the file and removes it
+    assert not left.with_name("journal.db-wal").exists()
+    assert len(outcome(left)) == count
+
+
+def test_a_copy_made_while_serving_is_a_whole_journal(tmp_path: Path) -> None:
+    with Journal(tmp_path / "j.db") as journal:
+        journal.commit([Entry(records=(record(1), record(2)))])
+        copy(tmp_path / "j.db", tmp_path / "copy.db")
+        journal.commit([Entry(records=(record(3),))])
+    assert outcome(tmp_path / "copy.db") == ['{"n":1}', '{"n":2}']
+    assert outcome(tmp_path / "j.db") == ['{"n":1}', '{"n":2}', '{"n":3}']
