@@ -510,7 +510,8 @@ def _set_job(state: State, job: Job, **changes: Any) -> Job:
     changed = _changed(job, **changes)
     state.jobs[job.job_id] = changed
     state.agenda.jobs[job.job_id] = None
-    state.agenda.rolls.pop(job.job_id, None)
+    if "generation" in changes or "assigned" in changes:  # the rest says nothing of who is there
+        state.agenda.rolls.pop(job.job_id, None)
     return changed
 
 
@@ -541,7 +542,10 @@ def _expelled(generation: Generation | None, agent_id: AgentId) -> Generation | 
 
 
 def _without(agents: tuple[AgentId, ...], gone: AgentId) -> tuple[AgentId, ...]:
-    return tuple(agent for agent in agents if agent != gone)
+    if gone not in agents:
+        return agents
+    at = agents.index(gone)
+    return (*agents[:at], *agents[at + 1 :])
 
 
 def _phase(state: State, record: JobPhaseChanged) -> None:
@@ -601,7 +605,6 @@ def _form(state: State, record: MemberFormed) -> None:
         members = (member.agent_id for member in generation.members)
         holders = tuple(a for a in members if a not in generation.gone)
     known = complete and digest and record.step == job.committed_step
-    state.agenda.rolls.pop(record.job_id, None)
     state.jobs[record.job_id] = replace(
         job,
         generation=replace(
@@ -617,6 +620,7 @@ def _form(state: State, record: MemberFormed) -> None:
     # The first to form ends the wait for those who leave, the last begins the generation.
     if complete or len(formed) == 1:
         state.agenda.jobs[record.job_id] = None
+        state.agenda.rolls.pop(record.job_id, None)
 
 
 def _commit_steps(state: State, record: StepsCommitted) -> None:

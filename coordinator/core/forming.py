@@ -126,22 +126,29 @@ def roll(state: State, job: Job) -> Roll:
 
 
 def _call(state: State, job: Job) -> Roll:
-    generation = job.generation
+    generation, agents, job_id = job.generation, state.agents, job.job_id
     alive: list[AgentId] = []
     lost: list[AgentId] = []
     leaving: tuple[AgentId, ...] = ()
     if generation is not None:
         leaving, gone = generation.leaving, frozenset(generation.gone)
         for member in generation.members:
-            there = member.agent_id not in gone and serving(state, job, member.agent_id)
-            (alive if there else lost).append(member.agent_id)
+            agent_id = member.agent_id
+            agent = agents[agent_id]
+            there = (  # as `serving`: a generation may have a thousand members
+                agent.job_id == job_id
+                and (agent.presence is Presence.READY or agent.presence is Presence.SUSPECT)
+                and agent.standing is Standing.ELIGIBLE
+                and agent_id not in gone
+            )
+            (alive if there else lost).append(agent_id)
         if awaits_leaving(generation):
             members = frozenset(member.agent_id for member in generation.members)
             lost += [a for a in generation.gone if a not in members]
             lost += [a for a in leaving if not serving(state, job, a)]
         if generation.formed_ms is None:
             holders = frozenset(generation.holders)
-            if not any(a in holders for a in alive):
+            if holders.isdisjoint(alive):
                 staying = [a for a in leaving if serving(state, job, a)]
                 alive += [a for a in staying if a in holders or not generation.members]
     inside = frozenset((*alive, *leaving))
@@ -149,7 +156,7 @@ def _call(state: State, job: Job) -> Roll:
     unfit: list[AgentId] = []
     preparing = False
     for agent_id in job.assigned:
-        agent = state.agents[agent_id]
+        agent = agents[agent_id]
         if agent.draining or agent.standing is not Standing.ELIGIBLE or agent.presence is Presence.ABSENT:
             unfit.append(agent_id)
         elif agent_id not in inside and _reachable(agent):
