@@ -190,7 +190,7 @@ class Fleet:
             self.wait(lambda worker=worker: worker.all(control.Warm), f"{worker.name} to be warm")
         return made
 
-    def wait(self, predicate: Callable[[], object], what: str, timeout_s: float = 60.0) -> None:
+    def wait(self, predicate: Callable[[], object], what: str, timeout_s: float = 150.0) -> None:
         with self.bell:
             if self.bell.wait_for(predicate, timeout=timeout_s):
                 return
