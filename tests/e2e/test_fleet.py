@@ -16,7 +16,7 @@ from protos import agent_pb2
 from tests.e2e.fleet import Fleet, stopped
 from tests.e2e.oracle import check_exactly_once, check_same_losses, check_slices
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 
 Config = Callable[..., dict[str, Any]]
 ENDLESS = 100_000

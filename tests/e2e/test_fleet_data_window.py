@@ -13,7 +13,7 @@ from tests.e2e.oracle import check_exactly_once, check_slices
 from trainer.data import TokenDataset
 from trainer.prepare import FileText, prepare
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 
 
 def test_a_dataset_larger_than_the_cache_is_trained_on_as_if_it_were_all_there(

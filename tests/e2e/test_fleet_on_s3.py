@@ -13,7 +13,7 @@ from tests.coordinator.s3_server import BUCKET, KEY, REGION, s3_server
 from tests.e2e.fleet import Fleet
 from tests.e2e.oracle import check_exactly_once, check_slices
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 
 
 def test_when_everyone_dies_strangers_without_a_key_go_on_from_the_bucket(

@@ -15,7 +15,7 @@ import pytest
 from tests.e2e.fleet import Fleet
 from tests.e2e.oracle import check_exactly_once, check_slices
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 
 
 def test_a_stranger_restores_data_and_checkpoint_from_another_agents_cache(
