@@ -87,8 +87,10 @@ class Park:
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     started.wait(timeout=1)
             time.sleep(0.01)
+        # What was killed a moment ago has no environment left to be found by, and is not gone yet.
         for started in self._started:
-            started.poll()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                started.wait(timeout=max(0.0, deadline - time.monotonic()))
         if left := self.marked():
             raise RuntimeError(
                 f"processes {[p.pid for p in left]} survived SIGKILL; they are stuck in the kernel"

@@ -1,4 +1,4 @@
-"""Checkpoints while the coordinator is killed and disks are full: what is committed restores bit for bit, and nothing
+"""Checkpoints while everyone is killed and disks are full: what is committed restores bit for bit, and nothing
 is left over.  Moments are told by what can be seen from outside: records on the coordinator's watch stream."""
 
 from __future__ import annotations
@@ -6,6 +6,8 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import os
+import signal
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,7 +17,7 @@ import pytest
 import torch
 
 from protos import admin_pb2
-from tests.e2e.fleet import LIMIT_S, Fleet, wait_until
+from tests.e2e.fleet import LIMIT_S, Fleet, stopped, wait_until
 from trainer.checkpoint import CheckpointDirectory, parse_manifest
 from trainer.state import digest
 
@@ -30,7 +32,9 @@ def fleet(tmp_path: Path) -> Iterator[Fleet]:
     root = tmp_path / "f"
     root.mkdir()
     blobs = {"reserve": 0, "retired_grace": "6s", "orphan_grace": "6s"}
-    with Fleet(root=root, blobs=blobs) as started:
+    # Whom a test kills often is not to cool down.
+    timing = {"quarantine_base": "1ms"}
+    with Fleet(root=root, blobs=blobs, timing=timing) as started:
         yield started
 
 
@@ -88,6 +92,39 @@ def check_restorable(fleet: Fleet, job: str, scratch: Path) -> dict[int, Any]:
     return manifests
 
 
+def check_restored(fleet: Fleet, job: str, *, after: int, scratch: Path) -> int:
+    """Members that have nothing but their disks form a generation after this one, out of a listed checkpoint and bit
+    for bit; the checkpoint's step."""
+    formed = fleet.wait_event(
+        lambda kind, record: kind == "MemberFormed" and record["generation"] > after, "one to form", job=job
+    )
+    found = json.loads(formed.json)
+    step: int = found["step"]
+    assert found["state_digest"] == check_restorable(fleet, job, scratch)[step].state_digest
+    return step
+
+
+def check_nothing_left_over(fleet: Fleet, job: str, config: dict[str, Any]) -> None:
+    """Every blob and manifest of no listed checkpoint goes, and what stays is what its name says."""
+    root = fleet.home / "blobs"
+    data = {blob.name for blob in (Path(config["data"]["path"]) / "blobs").iterdir()}
+
+    def left_over() -> set[str]:
+        found = {path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file()}
+        manifests = committed(fleet, job)
+        blobs = data | {shard.digest for one in manifests.values() for shard in one.shards}
+        return (
+            found
+            - {f"{blob[:2]}/{blob}" for blob in blobs}
+            - {f"manifests/{job}/{step}.json" for step in manifests}
+        )
+
+    assert fleet.coordinator is not None
+    wait_until(lambda: not left_over(), "blobs that nothing refers to to go", process=fleet.coordinator)
+    for path in root.glob("??/*"):
+        assert hashlib.sha256(path.read_bytes()).hexdigest() == path.name
+
+
 def test_a_coordinator_killed_at_any_moment_keeps_the_old_checkpoint_or_has_the_new_one(
     fleet: Fleet, make_config: Config, tmp_path: Path
 ) -> None:
@@ -111,31 +148,51 @@ def test_a_coordinator_killed_at_any_moment_keeps_the_old_checkpoint_or_has_the_
 
     # The road of a restore itself: all members die, and others come.
     wait_stage(fleet, job, COMMITTED)
-    manifest = check_restorable(fleet, job, tmp_path / "restored")[fleet.job(job)["newest_checkpoint_step"]]
+    newest = fleet.job(job)["newest_checkpoint_step"]
     number = fleet.job(job)["generation"]["number"]
     for agent in fleet.agents.values():
         agent.kill()
     fleet.start_agent("c")
-    fleet.wait_generation(job, members=1, after=number)
-    assert fleet.job(job)["generation"]["from_checkpoint_step"] == manifest.step
-    formed = fleet.wait_event(
-        lambda kind, record: kind == "MemberFormed" and record["generation"] > number, "c to form", job=job
-    )
-    found = json.loads(formed.json)
-    assert (found["step"], found["state_digest"]) == (manifest.step, manifest.state_digest)
+    assert check_restored(fleet, job, after=number, scratch=tmp_path / "restored") >= newest
 
     fleet.muster("job", "cancel", job)
     fleet.wait_end(job)
-    kept = {shard.digest for one in committed(fleet, job).values() for shard in one.shards}
-    data = {blob.name for blob in (Path(config["data"]["path"]) / "blobs").iterdir()}
+    check_nothing_left_over(fleet, job, config)
 
-    def left_over() -> set[str]:
-        return {path.name for path in (fleet.home / "blobs").rglob("*") if path.is_file()} - kept - data
 
-    assert fleet.coordinator is not None
-    wait_until(lambda: not left_over(), "blobs that nothing refers to to go", process=fleet.coordinator)
-    for path in (fleet.home / "blobs").glob("??/*"):
-        assert hashlib.sha256(path.read_bytes()).hexdigest() == path.name
+def test_workers_and_agents_killed_at_any_moment_come_back_to_the_old_checkpoint_or_the_new_one(
+    fleet: Fleet, make_config: Config, tmp_path: Path
+) -> None:
+    config = make_config(steps=100_000, step_delay_ms=50, checkpoint_every=50_000)
+    config["checkpoint"]["shard_bytes"] = "64KiB"
+    config["elastic"] |= {"last_call": "100ms", "min_generation": "0s"}
+    scratch = tmp_path / "restored"
+    job = fleet.submit(config)
+    for name in ("a", "b"):
+        fleet.start_agent(name)
+    fleet.wait_generation(job, members=2)
+    wait_stage(fleet, job, COMMITTED)
+    for stage in (ASKED, FIRST, LAST, COMMITTED):
+        newest = max(committed(fleet, job))
+        b = fleet.agents["b"]
+        # An agent that stands still sends no shard: the first is one of the other's, and is not the last.
+        with stopped([b.process.pid] if stage == FIRST else []):
+            wait_stage(fleet, job, stage)
+            view = fleet.job(job)
+            number = view["generation"]["number"]  # a new one, if it stood still for longer than its lease
+            at_least = view["newest_checkpoint_step"] if stage == COMMITTED else newest
+            # One loses its worker, the other is killed with its own: the state is in nobody's memory any more.
+            for pid in fleet.agents["a"].workers() + b.workers():
+                os.kill(pid, signal.SIGKILL)
+            b.kill()
+        fleet.start_agent("b")
+        restored = check_restored(fleet, job, after=number, scratch=scratch)
+        assert restored >= at_least, f"killed at {stage}: a committed checkpoint was forgotten"
+        fleet.wait_generation(job, members=2, after=number)
+        fleet.wait_step(job, restored + 2)
+
+    wait_stage(fleet, job, COMMITTED)
+    check_nothing_left_over(fleet, job, config)
 
 
 # --------------------------------------------------------------------------------------- full disks
