@@ -14,7 +14,7 @@ import pytest
 
 from coordinator.access import host_of
 from coordinator.usher import Usher, address_of, connections
-from protos import agent_pb2
+from protos import agent_pb2, agent_pb2_grpc
 from tests.coordinator import floods
 from tests.coordinator.harness import RPC_TIMEOUT_S, loopback_config, running_coordinator
 
@@ -92,24 +92,33 @@ def test_a_rate_is_kept_for_what_one_subscriber_has(peer: str, address: str) -> 
     assert host_of(peer) == address
 
 
+async def _drip(stub: agent_pb2_grpc.AgentServiceStub) -> grpc.aio.AioRpcError:
+    """How an upload of one byte at a time ends."""
+    call = stub.PutBlob(timeout=RPC_TIMEOUT_S)
+    await call.write(agent_pb2.PutBlobRequest(header=agent_pb2.PutBlobHeader(digest="ab" * 32, bytes=1_000)))
+
+    async def drip() -> None:
+        while not call.done():
+            await call.write(agent_pb2.PutBlobRequest(data=b"x"))
+            await asyncio.sleep(0.02)
+
+    dripping = asyncio.create_task(drip())
+    with pytest.raises(grpc.aio.AioRpcError) as error:
+        await call
+    await asyncio.gather(dripping, return_exceptions=True)
+    return error.value
+
+
 async def test_an_upload_that_drips_is_dropped_though_something_always_comes(tmp_path: Path) -> None:
     config = loopback_config(
         blobs={"reserve": 0, "chunk_timeout": "400ms", "slowest_upload": "1GB"},
     )
     async with running_coordinator(tmp_path, config=config) as c:
         stub = await c.agent(await c.enroll())
-        call = stub.PutBlob(timeout=RPC_TIMEOUT_S)
-        header = agent_pb2.PutBlobHeader(digest="ab" * 32, bytes=1_000)
-        await call.write(agent_pb2.PutBlobRequest(header=header))
-
-        async def drip() -> None:
-            while not call.done():
-                await call.write(agent_pb2.PutBlobRequest(data=b"x"))
-                await asyncio.sleep(0.02)
-
-        dripping = asyncio.create_task(drip())
-        with pytest.raises(grpc.aio.AioRpcError) as error:
-            await call
-        await asyncio.gather(dripping, return_exceptions=True)
-        assert error.value.code() is grpc.StatusCode.UNAVAILABLE
-        assert "slower than" in (error.value.details() or "")
+        for _ in range(10):
+            error = await _drip(stub)
+            # grpc's own word, in place of the server's, when a write crosses the end of the call.
+            if error.details() != "Internal error from Core":
+                break
+        assert error.code() is grpc.StatusCode.UNAVAILABLE
+        assert "slower than" in (error.details() or "")
