@@ -331,24 +331,16 @@ class Journal:
                     for record in entry.records:
                         sequence += 1
                         at_ms = max(at_ms, record.at_ms)
+                        row = (
+                            sequence,
+                            record.at_ms,
+                            record.kind,
+                            record.job_id,
+                            record.body,
+                            record.text,
+                        )
                         self._writer.execute(
-                            "INSERT INTO records VALUES (?, ?, ?, ?, ?, ?, ?)",
-                            (
-                                sequence,
-                                record.at_ms,
-                                record.kind,
-                                record.job_id,
-                                record.body,
-                                record.text,
-                                _crc(
-                                    sequence,
-                                    record.at_ms,
-                                    record.kind,
-                                    record.job_id,
-                                    record.body,
-                                    record.text,
-                                ),
-                            ),
+                            "INSERT INTO records VALUES (?, ?, ?, ?, ?, ?, ?)", (*row, _crc(*row))
                         )
                     self._write_steps(entry)
                 self._writer.execute("COMMIT")
