@@ -148,6 +148,8 @@ class Identity:
             text = path.read_text(encoding="utf-8")
         except OSError as error:
             raise BadIdentityFile(f"identity file {path}: {error.strerror}") from error
+        except UnicodeDecodeError as error:
+            raise BadIdentityFile(f"identity file {path}: not a Muster identity ({error.reason})") from error
         if mode & 0o077:
             raise BadIdentityFile(
                 f"identity file {path}: mode is {mode & 0o777:04o} but it holds a private key; run chmod 600 {path}"

@@ -137,8 +137,8 @@ def read_nanogpt(file: Path) -> Source:
         saved = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # torch lets many kinds through
         raise ImportRefused(
-            f"{file}: holds something else than tensors and plain values, or is damaged "
-            f"({type(error).__name__}: {_first_line(error)}); nothing in it was run"
+            f"{file}: holds something else than tensors and plain values, or is damaged ({_why(error)}); nothing "
+            "in it was run"
         ) from error
     if not isinstance(saved, dict) or not {"model", "model_args"} <= saved.keys():
         raise ImportRefused(
@@ -212,6 +212,15 @@ def _tied(parameters: dict[str, Tensor], where: Path) -> dict[str, Tensor]:
 
 def _read_safetensors(directory: Path) -> dict[str, Tensor]:
     whole, index = directory / "model.safetensors", directory / "model.safetensors.index.json"
+    if (
+        not whole.exists()
+        and not index.exists()
+        and (pickled := sorted(directory.glob("pytorch_model*.bin")))
+    ):
+        raise ImportRefused(
+            f"{directory}: has {pickled[0].name} but no {whole.name}; the former is a pickle and is not opened. Where "
+            "you trust it, let transformers make the latter: `model.save_pretrained(DIR, safe_serialization=True)`"
+        )
     if whole.exists() or not index.exists():
         files = [whole]
     else:
@@ -246,8 +255,10 @@ def _whole(mapping: Mapping[str, Any], key: str, where: Path) -> int:
     return value
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [""])[0][:200]
+def _why(error: Exception) -> str:
+    """torch's reason without torch's advice, which is to open what it refused with `weights_only=False`."""
+    lines = [line for line in str(error).splitlines() if line.strip() and "weights_only" not in line]
+    return f"{type(error).__name__}: {''.join(lines[:1])[:200]}"
 
 
 # ---------------------------------------------------------------------------------------- writing
@@ -404,7 +415,7 @@ def import_dcp(directory: Path, out: Path) -> Manifest:
     if value.get("format") != DCP_FORMAT:
         raise ImportRefused(
             f"{directory}: has no {DCP_INDEX} of the format {DCP_FORMAT}; only what `export --format dcp` made can "
-            "be imported, because DCP's own index is a pickle. Where you trust it, "
+            "be imported, because DCP's own index, .metadata, is a pickle and is not opened. Where you trust it, "
             "torch.distributed.checkpoint.format_utils.dcp_to_torch_save makes a .pt of it"
         )
     manifest = parse_manifest(json.dumps(value.get("manifest")), str(directory / DCP_INDEX))
@@ -414,8 +425,8 @@ def import_dcp(directory: Path, out: Path) -> Manifest:
             tensor = _read_dcp(directory, *value["storage"][spec.name])
         except Exception as error:  # torch lets many kinds through
             raise ImportRefused(
-                f"{directory}: {spec.name} cannot be read ({type(error).__name__}: {_first_line(error)}); nothing "
-                "in it was run; export the checkpoint again"
+                f"{directory}: {spec.name} cannot be read ({_why(error)}); nothing in it was run; export the "
+                "checkpoint again"
             ) from error
         if not isinstance(tensor, Tensor) or state_specs({spec.name: tensor}) != (spec,):
             raise ImportRefused(
@@ -436,7 +447,10 @@ def _read_dcp(directory: Path, name: str, offset: int, length: int) -> Any:
     with (directory / name).open("rb") as file:
         file.seek(offset)
         data = io.BytesIO(file.read(length))
-    return torch.load(data, map_location="cpu", weights_only=True)
+    try:
+        return torch.load(data, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch lets many kinds through
+        raise ValueError(f"in {name}: {_why(error)}") from error
 
 
 # ------------------------------------------------------------------------------------------- main

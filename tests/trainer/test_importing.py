@@ -111,7 +111,7 @@ def flip_a_bit(dcp: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "told"),
     [
-        (lambda dcp: (dcp / "muster.json").unlink(), "DCP's own index is a pickle"),
+        (lambda dcp: (dcp / "muster.json").unlink(), "is a pickle and is not opened"),
         (
             lambda dcp: change(dcp / "muster.json", "muster-dcp-1", "other"),
             "has no muster.json of the format",
