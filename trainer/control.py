@@ -14,7 +14,7 @@ import threading
 import types
 import typing
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -188,7 +188,10 @@ _FIELDS = {name: typing.get_type_hints(cls) for name, cls in _TYPES.items()}
 
 def encode(message: Message) -> bytes:
     """One line, newline included."""
-    body = {"type": type(message).__name__.lower(), **asdict(message)}
+    body = {
+        "type": type(message).__name__.lower(),
+        **{part.name: getattr(message, part.name) for part in fields(message)},
+    }
     return json.dumps(body, separators=(",", ":"), ensure_ascii=False).encode() + b"\n"
 
 

@@ -26,7 +26,7 @@ from torch import distributed as dist
 from torch._C._distributed_c10d import HashStore, PrefixStore, Store, TCPStore
 from torch.futures import Future
 
-from trainer import links
+from trainer import links, star
 
 _POLL_S = 1e-4
 """How often the device is asked whether a collective has ended."""
@@ -137,9 +137,10 @@ class Group:
         device: torch.device,
         bell: Bell,
         process_group: dist.ProcessGroup | None,
+        small: star.Star | None = None,
         older: frozenset[str] = frozenset(),
     ) -> None:
-        """`older`: connections that were there before, of groups that may still wait for a peer that is gone."""
+        """`small`: on the CPU, for sums of a few numbers.  `older`: connections that were there before, of groups that may still wait for a peer that is gone."""
         self.generation = generation
         self.rank = rank
         self.world_size = world_size
@@ -150,6 +151,7 @@ class Group:
         self._bell = bell
         self._waits = _Waits(bell)
         self._process_group = process_group
+        self._small = small
         self._newest: dist.Work | None = None  # on CUDA: what `settle` waits for
         self._aborting: threading.Thread | None = None
 
@@ -161,10 +163,20 @@ class Group:
     # -------------------------------------------------------------------------- collectives
 
     def all_reduce(self, tensor: Tensor) -> None:
-        """Sum `tensor` over the ranks, in place; on return the result is there.
+        """Sum `tensor`, a few numbers, over the ranks, in place; on return the result is there.
 
         Raise Interrupted if the generation was superseded first, CollectiveFailed if it broke.
         """
+        if self._small is not None:
+            self._go_on()
+            try:
+                self._small.sum(tensor)
+            except star.Left:
+                self._go_on()
+                raise AssertionError("left without a reason") from None
+            except ConnectionError as error:
+                raise CollectiveFailed(_first_line(error)) from error
+            return
         self._run(lambda group: group.allreduce([tensor]))
         self.settle()
 
@@ -296,7 +308,7 @@ class Group:
             self._bell.notify_all()
         for promise in promises:
             waits.keep(promise, Interrupted(f"generation {self.generation} was superseded"))
-        self._end_kernels()
+        self._end_waits()
 
     def silent_peers(self, seconds: float) -> list[str]:
         """Addresses of peers whose machines have acknowledged nothing for so long."""
@@ -314,14 +326,21 @@ class Group:
             self._bell.notify_all()
         for promise in promises:
             waits.keep(promise, error)
-        self._end_kernels()
+        self._end_waits()
 
-    def _end_kernels(self) -> None:
+    def _end_waits(self) -> None:
+        if self._small is not None:
+            self._small.leave()
         if self.device.type == "cuda" and self._process_group is not None and self._aborting is None:
             # On a thread: the kernels end at once, but the call takes half a second, and the caller may be
             # the listener, whom the next plan is waiting for.
             self._aborting = threading.Thread(target=_abort, args=(self._process_group,), daemon=True)
             self._aborting.start()
+
+    def hang_up(self) -> None:
+        """Let peers that wait for this rank's numbers know that none will come."""
+        if self._small is not None:
+            self._small.close()
 
     @property
     def idle(self) -> bool:
@@ -332,6 +351,7 @@ class Group:
         """Close the connections.  Peers that still wait for this rank see their collectives fail."""
         if self._aborting is not None:
             self._aborting.join()
+        self.hang_up()
         self._process_group = None
 
 
@@ -379,6 +399,7 @@ class Graveyard:
                 threading.Thread(target=_dispose, args=(group,), daemon=True).start()
                 continue
             group.abort()
+            group.hang_up()
             if group.idle:
                 group.free()
             else:
@@ -415,7 +436,7 @@ def form(
     what it makes is closed at once, so that peers who did connect notice.
     """
 
-    def group(process_group: dist.ProcessGroup | None) -> Group:
+    def group(process_group: dist.ProcessGroup | None, small: star.Star | None = None) -> Group:
         return Group(
             generation=generation,
             rank=rank,
@@ -423,31 +444,49 @@ def form(
             device=device,
             bell=bell,
             process_group=process_group,
+            small=small,
             older=older,
         )
 
     older = links.connections()
     if world_size == 1:
         return group(None)
-    outcome: list[dist.ProcessGroup | Exception] = []
+    outcome: list[tuple[dist.ProcessGroup, star.Star | None] | Exception] = []
     abandoned = False
     roll_call_s = min(1.0, timeout_s / 8)
     connect_s = timeout_s - roll_call_s
 
     def connect() -> None:
-        result: dist.ProcessGroup | Exception
+        result: tuple[dist.ProcessGroup, star.Star | None] | Exception
         try:
-            since_s = time.monotonic()
+            deadline = time.monotonic() + connect_s
             prefix = _store(store_host, store_port, generation, connect_s)
             prefix.append("roll", f"{rank} ")  # type: ignore[attr-defined]  # it has one
-            left_s = max(0.1, connect_s - (time.monotonic() - since_s))
-            result = _make(prefix, rank, world_size, device, left_s, collective_timeout_s)
-        except (RuntimeError, ValueError) as error:  # torch's DistError is a RuntimeError
+
+            def left_s() -> float:
+                return max(0.1, deadline - time.monotonic())
+
+            host = star.Host(prefix, store_host) if rank == 0 and device.type == "cpu" else None
+            try:
+                made = _make(prefix, rank, world_size, device, left_s(), collective_timeout_s)
+                if host is not None:
+                    result = made, host.admit(world_size, left_s())
+                elif device.type == "cpu":
+                    result = made, star.join(prefix, store_host, rank, left_s())
+                else:
+                    result = made, None
+            finally:
+                if host is not None:
+                    host.close()
+        except (RuntimeError, ValueError, OSError) as error:  # torch's DistError is a RuntimeError
             result = CollectiveFailed(_first_line(error))
         with bell:
             if not abandoned:
                 outcome.append(result)
                 bell.notify_all()
+                return
+        if not isinstance(result, Exception) and result[1] is not None:
+            result[1].close()
 
     threading.Thread(target=connect, name=f"form-{generation}", daemon=True).start()
     with bell:
@@ -462,7 +501,7 @@ def form(
         absent = _absent(store_host, store_port, generation, rank, world_size, roll_call_s)
         missing = f"; unreachable: rank {', '.join(map(str, absent))}" if absent else ""
         raise CollectiveFailed(f"generation {generation}: {result}{missing}", absent)
-    return group(result)
+    return group(*result)
 
 
 def _store(host: str, port: int, generation: int, timeout_s: float) -> Store:

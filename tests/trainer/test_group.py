@@ -120,7 +120,7 @@ def test_a_buried_group_is_freed_when_its_collectives_have_ended_and_its_peer_no
     assert len(graveyard) == 1, "a collective still waits for the peer"
     with pytest.raises(RuntimeError, match="superseded"):
         late.wait()
-    peer.all_reduce(torch.ones(1))  # the straggler comes after all
+    peer.all_reduce_later(torch.ones(1)).wait()  # the straggler comes after all
     with mine._bell:
         assert mine._bell.wait_for(lambda: mine.idle, timeout=30)
     graveyard.sweep()
