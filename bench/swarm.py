@@ -33,6 +33,8 @@ from protos import agent_pb2, wire
 SESSION = "/muster.v1.AgentService/Session"
 CONNECTING_AT_ONCE = 64
 """Of one process, when a fleet is first brought up; after that each agent comes back when it likes."""
+FORMING_S = 0.5
+"""A group forms when all its members have met, so none of them confirms a plan before the last has heard it."""
 
 # First byte of an encoded CoordinatorMessage: thousands of plans are told apart without decoding them.
 _FIRST = {(field.number << 3) | 2: field.name for field in agent_pb2.CoordinatorMessage.DESCRIPTOR.fields}
@@ -90,20 +92,22 @@ class Swarm:
         self.ack_s: deque[float] = deque(maxlen=100_000)
         self.trouble: Counter[str] = Counter()
         self._ports = itertools.count(1)
-        self._decoded: tuple[bytes, agent_pb2.Plan] = (b"", agent_pb2.Plan())
+        self._decoded: tuple[bytes, agent_pb2.Plan, dict[str, int]] = (b"", agent_pb2.Plan(), {})
 
     def fresh_port(self) -> int:
         """Of a store that no generation has used, as far as anyone can tell."""
         return next(self._ports) % 60_000 + 1_024
 
-    def plan(self, data: bytes) -> agent_pb2.Plan:
-        """The plan in an encoded message; one plan comes to thousands in the same words."""
+    def plan(self, data: bytes) -> tuple[agent_pb2.Plan, dict[str, int]]:
+        """The plan in an encoded message, and the rank of each member; one plan comes to thousands in the
+        same words."""
         if self._decoded[0] != data:
-            self._decoded = (data, agent_pb2.CoordinatorMessage.FromString(data).plan)
-        return self._decoded[1]
+            plan = agent_pb2.CoordinatorMessage.FromString(data).plan
+            self._decoded = (data, plan, {member.agent_id: member.group_rank for member in plan.members})
+        return self._decoded[1:]
 
-    def heard(self, plan: agent_pb2.Plan) -> None:
-        found = self.plans.setdefault((plan.job_id, plan.generation), Heard(members=len(plan.members)))
+    def heard(self, plan: agent_pb2.Plan, members: int) -> None:
+        found = self.plans.setdefault((plan.job_id, plan.generation), Heard(members=members))
         found.count += 1
         found.last_s = time.monotonic()
 
@@ -117,7 +121,8 @@ class LightAgent:
         self._swarm = swarm
         self._incarnation = f"i{random.getrandbits(48):012x}"
         self._call: Any = None
-        self._ranks: dict[str, int] = {}
+        self._writing = asyncio.Lock()  # gRPC ends a call in which two messages are written at once
+        self._forming: asyncio.Task[None] | None = None
         self._longest_delay_s = LONGEST_DELAY_S
         self._beat_sent_s = 0.0
         self.job_id = ""
@@ -202,19 +207,18 @@ class LightAgent:
             for sequence in itertools.count(1):
                 self._beat_sent_s = time.monotonic()
                 self._swarm.beats += 1
-                await call.write(
-                    agent_pb2.AgentMessage(
-                        heartbeat=agent_pb2.Heartbeat(
-                            sequence=sequence, disk_free_bytes=100 << 30, step=self.step, activity="computing"
-                        )
-                    )
+                beat = agent_pb2.Heartbeat(
+                    sequence=sequence, disk_free_bytes=100 << 30, step=self.step, activity="computing"
                 )
+                async with self._writing:
+                    await call.write(agent_pb2.AgentMessage(heartbeat=beat))
                 await asyncio.sleep(interval_s)
 
     async def say(self, **body: Any) -> None:
         """One message in the open session, if there is one."""
-        if self._call is not None:
-            await self._call.write(agent_pb2.AgentMessage(**body))
+        async with self._writing:
+            if self._call is not None:
+                await self._call.write(agent_pb2.AgentMessage(**body))
 
     # ------------------------------------------------------------------------- what it is told
 
@@ -226,9 +230,9 @@ class LightAgent:
             case "progress_ack":
                 await self._acknowledged(agent_pb2.CoordinatorMessage.FromString(data).progress_ack)
             case "plan":
-                plan = swarm.plan(data)
-                swarm.heard(plan)
-                await self._planned(plan)
+                plan, ranks = swarm.plan(data)
+                swarm.heard(plan, len(ranks))
+                await self._planned(plan, ranks.get(self.id))
             case "assignment":
                 assignment = agent_pb2.CoordinatorMessage.FromString(data).assignment
                 if assignment.number != self.assignment:
@@ -257,22 +261,28 @@ class LightAgent:
             )
         )
 
-    async def _planned(self, plan: agent_pb2.Plan) -> None:
+    async def _planned(self, plan: agent_pb2.Plan, rank: int | None) -> None:
         if plan.job_id != self.job_id or plan.generation < self.generation or self.silent:
             return
-        rank = next((m.group_rank for m in plan.members if m.agent_id == self.id), None)
         self.generation, self.rank = plan.generation, rank
         if rank is None:
             await self.say(released=agent_pb2.Released(job_id=self.job_id, generation=plan.generation))
             return
         self.step = max(self.step, plan.committed_step)
-        await self.say(
-            formed=agent_pb2.Formed(
-                job_id=self.job_id, generation=plan.generation, step=self.step, state_digest="ab" * 16
-            )
-        )
         if rank == 0:
             await self.ready()
+        if self._forming is not None:
+            self._forming.cancel()
+        self._forming = asyncio.create_task(self._form(plan.generation))
+
+    async def _form(self, generation: int) -> None:
+        await asyncio.sleep(FORMING_S)
+        with contextlib.suppress(grpc.aio.AioRpcError, asyncio.InvalidStateError):
+            await self.say(
+                formed=agent_pb2.Formed(
+                    job_id=self.job_id, generation=generation, step=self.step, state_digest="ab" * 16
+                )
+            )
             await self.train()
 
     async def fail(self) -> None:

@@ -104,6 +104,7 @@ def _who(state: State, agent_id: str) -> View:
 
 
 def _generation(state: State, generation: Generation) -> View:
+    formed, finished = frozenset(generation.formed), frozenset(generation.finished)
     return {
         "number": generation.number,
         "world_size": generation.world_size,
@@ -120,8 +121,8 @@ def _generation(state: State, generation: Generation) -> View:
                 "first_rank": member.first_rank,
                 "worker_count": member.worker_count,
                 "host": member.host,
-                "formed": member.agent_id in generation.formed,
-                "finished": member.agent_id in generation.finished,
+                "formed": member.agent_id in formed,
+                "finished": member.agent_id in finished,
             }
             for member in generation.members
         ],

@@ -235,12 +235,11 @@ def _late(state: State, job: Job, generation: Generation) -> tuple[AgentId, ...]
     """Who has not yet done what the newest generation's plan asks of it."""
     members: tuple[AgentId, ...] = ()
     if generation.formed_ms is None and not forming.broken(state, job):
+        done = frozenset((*generation.formed, *generation.gone))
         members = tuple(
             m.agent_id
             for m in generation.members
-            if m.agent_id not in generation.formed
-            and m.agent_id not in generation.gone
-            and forming.serving(state, job, m.agent_id)
+            if m.agent_id not in done and forming.serving(state, job, m.agent_id)
         )
     return (*members, *generation.leaving)
 
