@@ -26,6 +26,7 @@ from coordinator.core.model import (
     EvaluationRecorded,
     Event,
     JobId,
+    LeaseRenewed,
     ProgressAccepted,
     Push,
     Record,
@@ -79,7 +80,11 @@ class Ticket:
     steps: tuple[StepRow, ...]
     evaluations: tuple[EvaluationRow, ...]
     released: Callable[[State, Reply], None] | None
-    future: asyncio.Future[Any] | None
+    future: asyncio.Future[Any] | None = None
+    applied: bool = False
+    entry: Entry | None = None
+    """What the journal must keep of it, once it is applied."""
+    done: bool = False
     answer: Any = None
     pushes: tuple[Push, ...] = ()
     records: tuple[Record, ...] = ()
@@ -148,6 +153,9 @@ class Loop:
         self._snapshot_at = journal.last_sequence
         self._queue: deque[Ticket] = deque()
         self._arrived = asyncio.Event()
+        self._resting = False
+        """Nothing waits, nothing is being written, and whatever was decided has been released."""
+        self._broken: Exception | None = None
         self._stopping = False
         self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="journal")
         self._task: asyncio.Task[None] | None = None
@@ -171,22 +179,32 @@ class Loop:
         `steps` and `evaluations` belong to a ProgressReceived; those that are new are kept in the same
         transaction.  `released` is called right after the commit, before any push of this event goes
         out, with a state of which everything is recorded.  Raise LoopStoppedError."""
-        future: asyncio.Future[Reply] = asyncio.get_running_loop().create_future()
-        self._enqueue(event=event, steps=steps, evaluations=evaluations, released=released, future=future)
-        return await future
+        reply: Reply = await self._done(
+            self._take(event=event, steps=steps, evaluations=evaluations, released=released)
+        )
+        return reply
 
     def post(self, event: Event) -> None:
         """Have `event` decided; nobody waits for the reply.  Ignored when stopping."""
         with contextlib.suppress(LoopStoppedError):
-            self._enqueue(event=event)
+            self._take(event=event)
 
     async def query(self, look: Callable[[State, int], Answer]) -> Answer:
         """`look(state, now_ms)` at a state of which everything is recorded.  `look` must not keep the state."""
-        future: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
-        self._enqueue(query=look, future=future)
-        return await future
+        answer: Answer = await self._done(self._take(query=look))
+        return answer
 
-    def _enqueue(
+    @staticmethod
+    async def _done(ticket: Ticket) -> Any:
+        """The answer, once the ticket is released."""
+        if not ticket.done:
+            ticket.future = asyncio.get_running_loop().create_future()
+            return await ticket.future
+        if isinstance(ticket.answer, Exception):
+            raise ticket.answer
+        return ticket.answer
+
+    def _take(
         self,
         *,
         event: Event | None = None,
@@ -194,24 +212,37 @@ class Loop:
         steps: tuple[StepRow, ...] = (),
         evaluations: tuple[EvaluationRow, ...] = (),
         released: Callable[[State, Reply], None] | None = None,
-        future: asyncio.Future[Any] | None = None,
-    ) -> None:
+    ) -> Ticket:
+        """Queue it; or, if nothing else is on its way and it leaves nothing to write, have done with it."""
         if self._stopping:
             raise LoopStoppedError("the coordinator is stopping; try again in a few seconds")
         # The time of arrival counts: a heartbeat that waited for a slow disk was not late.
-        self._queue.append(
-            Ticket(
-                at_ms=self._clock.now_ms(),
-                arrived=time.monotonic(),
-                event=event,
-                query=query,
-                steps=steps,
-                evaluations=evaluations,
-                released=released,
-                future=future,
-            )
+        ticket = Ticket(
+            at_ms=self._clock.now_ms(),
+            arrived=time.monotonic(),
+            event=event,
+            query=query,
+            steps=steps,
+            evaluations=evaluations,
+            released=released,
         )
+        if self._resting:
+            self._resting = False  # also for whoever is told of it now and has something to say
+            try:
+                self._apply(ticket)
+                if ticket.entry is None:
+                    self._release(ticket)
+                    # A renewed lease makes nothing due earlier; whatever else happened might.
+                    if self._queue or not all(isinstance(record, LeaseRenewed) for record in ticket.records):
+                        self._arrived.set()
+                    else:
+                        self._resting = True
+                    return ticket
+            except Exception as error:
+                self._broken = error
+        self._queue.append(ticket)
         self._arrived.set()
+        return ticket
 
     # ----------------------------------------------------------------------------- running
 
@@ -249,7 +280,6 @@ class Loop:
             steps=(),
             evaluations=(),
             released=None,
-            future=None,
         )
 
     async def _wait(self) -> None:
@@ -258,12 +288,19 @@ class Loop:
         wait_ms = self._longest_wait_ms
         if deadline is not None:
             wait_ms = min(wait_ms, max(1, deadline - self._clock.now_ms()))
+        self._resting = True
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(wait_ms / 1000):
                 await self._arrived.wait()
+        self._resting = False
 
     async def _decide(self, batch: list[Ticket]) -> None:
-        entries = [entry for ticket in batch if (entry := self._apply(ticket)) is not None]
+        if self._broken is not None:
+            raise self._broken
+        for ticket in batch:
+            if not ticket.applied:
+                self._apply(ticket)
+        entries = [ticket.entry for ticket in batch if ticket.entry is not None]
         if entries:
             started = time.monotonic()
             await asyncio.get_running_loop().run_in_executor(self._writer, self._journal.commit, entries)
@@ -281,14 +318,15 @@ class Loop:
             self.record_bell.ring()
             await self._snapshot(due=self._snapshot_records)
 
-    def _apply(self, ticket: Ticket) -> Entry | None:
+    def _apply(self, ticket: Ticket) -> None:
+        ticket.applied = True
         if ticket.event is None:
             assert ticket.query is not None
             try:
                 ticket.answer = ticket.query(self.state, ticket.at_ms)
             except Exception as error:
                 ticket.answer = error
-            return None
+            return
         outcome = step(self.state, ticket.at_ms, ticket.event, self._seal)
         ticket.answer = outcome.reply
         ticket.records = outcome.records
@@ -296,8 +334,8 @@ class Loop:
         durable = [record for record in outcome.records if codec.is_durable(record)]
         steps, evaluations = self._new_rows(ticket, outcome)
         if not durable and not evaluations:
-            return None
-        return Entry(
+            return
+        ticket.entry = Entry(
             records=tuple(_row(record) for record in durable),
             steps=steps,
             evaluations=evaluations,
@@ -330,6 +368,7 @@ class Loop:
         )
 
     def _release(self, ticket: Ticket) -> None:
+        ticket.done = True
         if ticket.event is not None:
             waited_s = time.monotonic() - ticket.arrived
             for observer in self._observers:

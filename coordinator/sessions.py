@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 from collections import deque
 
 import grpc.aio
@@ -17,14 +16,23 @@ WRITE_TIMEOUT_S = 10.0
 class OpenSession:
     """One open stream.  `send` never waits; a peer that does not read is cut off."""
 
-    def __init__(self, agent_id: AgentId, session_id: SessionId, most_waiting: int) -> None:
+    def __init__(
+        self,
+        agent_id: AgentId,
+        session_id: SessionId,
+        most_waiting: int,
+        write_timeout_s: float = WRITE_TIMEOUT_S,
+    ) -> None:
         self.agent_id = agent_id
         self.session_id = session_id
         self._most_waiting = most_waiting
+        self._write_timeout_s = write_timeout_s
         self._waiting: deque[agent_pb2.CoordinatorMessage | bytes] = deque()
         self._stirred = asyncio.Event()
         self._ending = False
         self._writer: asyncio.Task[None] | None = None
+        self._writing_since: float | None = None
+        self._watch: asyncio.TimerHandle | None = None
 
     def send(self, message: agent_pb2.CoordinatorMessage | bytes) -> None:
         """Queue a message, or an encoded one.  After a GoAway, and after `end`, nothing more is taken."""
@@ -53,16 +61,35 @@ class OpenSession:
         return self._writer
 
     async def _write(self, context: grpc.aio.ServicerContext) -> None:
-        with contextlib.suppress(TimeoutError):
+        loop = asyncio.get_running_loop()
+        try:
             while True:
                 while self._waiting:
-                    message = self._waiting.popleft()
-                    async with asyncio.timeout(WRITE_TIMEOUT_S):
-                        await context.write(message)
+                    self._writing_since = loop.time()
+                    if self._watch is None:
+                        self._watch = loop.call_later(self._write_timeout_s, self._look)
+                    await context.write(self._waiting.popleft())
+                    self._writing_since = None
                 if self._ending:
                     return
                 self._stirred.clear()
                 await self._stirred.wait()
+        finally:
+            if self._watch is not None:
+                self._watch.cancel()
+
+    def _look(self) -> None:
+        """Cut off who does not take what is written.  One timer for many writes: setting one up for each cost
+        as much as a third of a write."""
+        self._watch = None
+        if self._writing_since is None or self._writer is None:
+            return
+        loop = asyncio.get_running_loop()
+        left_s = self._writing_since + self._write_timeout_s - loop.time()
+        if left_s > 0:
+            self._watch = loop.call_later(left_s, self._look)
+        else:
+            self._writer.cancel()
 
 
 class Sessions:
