@@ -529,7 +529,8 @@ class Partial:
 
 
 class ShardReports:
-    """Uploads the shards that workers hand up and reports each, for as long as it takes.
+    """Uploads the shards that workers hand up and reports each, for as long as it takes; and tells what
+    workers without a shard say of the state.
 
     Only a refusal ends an attempt for good: the coordinator being away, or its disk full, is waited out."""
 
@@ -548,7 +549,7 @@ class ShardReports:
     @property
     def waiting(self) -> set[str]:
         """Digests of what is not stored yet: no copy but ours may be anywhere."""
-        return set(self._waiting)
+        return set(self._waiting).difference(("",))
 
     def add(self, report: agent_pb2.ReportShardRequest) -> None:
         self._waiting[report.digest] += 1
@@ -572,8 +573,9 @@ class ShardReports:
         about = {"job": report.job_id, "step": report.step, "index": report.index, "digest": report.digest}
         while True:
             try:
-                async with self._slots:
-                    await self._blobs.upload(report.digest)
+                if report.digest:
+                    async with self._slots:
+                        await self._blobs.upload(report.digest)
                 reply = await self._stub().ReportShard(report, timeout=CALL_TIMEOUT_S)
                 log.info("shard.reported", **about, committed=reply.committed)
                 break

@@ -563,9 +563,10 @@ class JobRun:
         self._send_progress()
 
     def _shard(self, message: control.Shard) -> None:
-        self._checkpoints.setdefault(message.step, set()).add(message.digest)
-        self._blobs.cache.changed()
-        self._forget_checkpoints()
+        if message.digest:
+            self._checkpoints.setdefault(message.step, set()).add(message.digest)
+            self._blobs.cache.changed()
+            self._forget_checkpoints()
         self._reports.add(
             agent_pb2.ReportShardRequest(
                 job_id=self.job_id,

@@ -32,6 +32,7 @@ from coordinator.core.model import (
     SessionClosed,
     SessionId,
     ShardAccepted,
+    ShardReported,
     State,
 )
 from coordinator.identity import Authority, Role, requested_key
@@ -201,6 +202,14 @@ class AgentService(agent_pb2_grpc.AgentServiceServicer):
         self, request: agent_pb2.ReportShardRequest, _context: grpc.aio.ServicerContext
     ) -> agent_pb2.ReportShardReply:
         event = translate.shard_report(request, calling_agent())
+        if event.digest:
+            await self._check_stored(event)
+        reply = await self._loop.submit(event)
+        if isinstance(reply, Refused):
+            raise CallRefusedError(reply.refusal, reply.message)
+        return agent_pb2.ReportShardReply(committed=isinstance(reply, ShardAccepted) and reply.committed)
+
+    async def _check_stored(self, event: ShardReported) -> None:
         await self._blob_service.take_in(event.digest, event.bytes)
         # Asking what is missing makes it wanted: a sweep that looked at the state before this is recorded must
         # not find it old.
@@ -214,10 +223,6 @@ class AgentService(agent_pb2_grpc.AgentServiceServicer):
             raise CallRefusedError(
                 Refusal.INVALID, f"bytes: found {event.bytes}, but blob {event.digest} has {size} bytes"
             )
-        reply = await self._loop.submit(event)
-        if isinstance(reply, Refused):
-            raise CallRefusedError(reply.refusal, reply.message)
-        return agent_pb2.ReportShardReply(committed=isinstance(reply, ShardAccepted) and reply.committed)
 
     # ----------------------------------------------------------------------------- the session
 

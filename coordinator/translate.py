@@ -219,8 +219,13 @@ def blob_data(request: agent_pb2.PutBlobRequest) -> bytes:
 
 
 def shard_report(request: agent_pb2.ReportShardRequest, agent_id: AgentId) -> ShardReported:
-    """A shard report; the blob itself is checked by the caller."""
+    """A shard report; the blob itself is checked by the caller.  Without a digest: a word for the state."""
     count = _whole(request.count, "count", MAX_SHARDS, least=1)
+    vouches = not request.digest
+    if vouches and not request.state_digest:
+        raise MalformedError(
+            "digest: empty, and so is state_digest; a report names a shard or vouches for a state"
+        )
     if len(request.header_json.encode()) > MAX_HEADER_BYTES:
         raise MalformedError(
             f"header_json: {len(request.header_json)} characters; at most {MAX_HEADER_BYTES} bytes"
@@ -231,10 +236,10 @@ def shard_report(request: agent_pb2.ReportShardRequest, agent_id: AgentId) -> Sh
         job_id=_job(request.job_id, "job_id"),
         generation=_whole(request.generation, "generation", least=1),
         step=_whole(request.step, "step", least=1),
-        index=_whole(request.index, "index", count - 1),
+        index=_whole(request.index, "index", 0 if vouches else count - 1),
         count=count,
-        digest=digest(request.digest),
-        bytes=_whole(request.bytes, "bytes", least=1),
+        digest="" if vouches else digest(request.digest),
+        bytes=_whole(request.bytes, "bytes", 0) if vouches else _whole(request.bytes, "bytes", least=1),
         state_digest=state_digest(request.state_digest, "state_digest"),
         header_json=request.header_json,
     )

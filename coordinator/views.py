@@ -85,7 +85,7 @@ def job(
         "checkpoints": len(one.checkpoints),
         "newest_checkpoint_step": None if newest is None else newest.step,
         "rollback": None if one.rollback is None else _rollback(one.rollback),
-        "pending_checkpoints": [_pending(pending) for pending in one.pending],
+        "pending_checkpoints": [_pending(state, one, pending) for pending in one.pending],
         "dataset": json.loads(spec.dataset_json).get("name") if spec.dataset_json else None,
         "tokenizer": json.loads(spec.dataset_json).get("tokenizer") if spec.dataset_json else None,
     }
@@ -138,8 +138,16 @@ def _rollback(rollback: Rollback) -> View:
     }
 
 
-def _pending(pending: PendingCheckpoint) -> View:
-    return {"step": pending.step, "shards": len(pending.shards), "of": pending.count}
+def _pending(state: State, one: Job, pending: PendingCheckpoint) -> View:
+    waits = checkpoints.vouched(state, one, pending, 0)  # whatever time alone allows is committed by now
+    whole = len(pending.shards) == pending.count
+    return {
+        "step": pending.step,
+        "shards": len(pending.shards),
+        "of": pending.count,
+        "witnesses": len(checkpoints.agreeing(pending)),
+        "waiting": _waiting(waits) if whole and isinstance(waits, NotYet) else None,
+    }
 
 
 def _waiting(not_yet: NotYet) -> View | None:
@@ -178,6 +186,10 @@ def waiting_text(not_yet: NotYet) -> str:
             return f"{have} of {need} agents have left the last generation"
         case Why.CHECKPOINTING:
             return "the last checkpoint is still being stored"
+        case Why.ONE_WITNESS:
+            return f"{have} of {need} members have said what its state is"
+        case Why.STATES_DIFFER:
+            return "members say that their states differ; the generation forms again"
         case other:
             return str(other.value).replace("_", " ")
 
@@ -318,4 +330,6 @@ def _checkpoint(one: Job, found: Checkpoint, reasons: Sequence[checkpoints.Kept]
         "kept": [reason.value for reason in reasons],
         "evaluation_loss": found.evaluation_loss,
         "pinned_by": found.pinned_by or None,
+        "witnesses": len(checkpoints.agreeing(found)) if found.witnesses or found.alone else None,
+        "alone": None if found.alone is None else found.alone.value,
     }

@@ -153,7 +153,8 @@ class AgentServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def ReportShard(self, request, context):
-        """Say that a stored blob is shard `index` of a checkpoint.  What came by a presigned PUT is hashed first.
+        """Say that a stored blob is shard `index` of a checkpoint, and what the digest of the whole state is.  What came
+        by a presigned PUT is hashed first.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

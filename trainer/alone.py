@@ -69,7 +69,8 @@ class Alone:
     def send(self, message: control.Up) -> None:
         match message:
             case control.Shard():
-                self._shards.append(message)
+                if message.digest:
+                    self._shards.append(message)
             case control.Failed():
                 print(f"rank {self._rank}: {message.kind}: {message.detail}", file=sys.stderr)
                 control.leave(1)

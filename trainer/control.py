@@ -128,7 +128,9 @@ class Evaluation:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Shard:
-    """A shard of the checkpoint of `step` lies in the cache, fsynced."""
+    """A shard of the checkpoint of `step` lies in the cache, fsynced.
+
+    With an empty digest: this rank has none to write, and says what the state's digest is."""
 
     generation: int
     step: int

@@ -854,8 +854,9 @@ class ElasticGroup:
             return False
         return True
 
-    def _saved(self, snapshot: Snapshot, shard: ShardFile) -> None:
+    def _saved(self, snapshot: Snapshot, shard: ShardFile | None) -> None:
         """On the saver's thread."""
+        shard = shard or ShardFile(index=0, digest="", bytes=0)
         self._link.send(
             control.Shard(
                 generation=snapshot.generation,

@@ -59,14 +59,15 @@ class _Slot:
 
 class Saver:
     """At most SLOTS checkpoints in flight.  `saved` is called on their threads, one shard after another,
-    and an older checkpoint's shards before a newer one's."""
+    and an older checkpoint's shards before a newer one's; once without a shard where a rank has none, for
+    its word on the state's digest counts as well."""
 
     def __init__(
         self,
         directory: CheckpointDirectory,
         tensors: dict[str, Tensor],
         shard_bytes: int,
-        saved: Callable[[Snapshot, ShardFile], None],
+        saved: Callable[[Snapshot, ShardFile | None], None],
     ) -> None:
         self.specs = tuple(TensorSpec.of(name, tensor) for name, tensor in tensors.items())
         self._images = tuple(ShardImage(shard) for shard in layout(self.specs, shard_bytes))
@@ -227,6 +228,8 @@ class Saver:
         with ThreadPoolExecutor(WRITERS, thread_name_prefix="writer") as writers:
             for shard in writers.map(self._store, images, files):
                 self._saved(digested.result(), shard)
+        if not images:
+            self._saved(digested.result(), None)
 
     def _store(self, image: ShardImage, memory: Tensor) -> ShardFile:
         digest = sha256(memory)

@@ -70,6 +70,7 @@ def list_checkpoints(*, coordinator: Coordinator, output: Output, job_ref: str) 
         Column(title="LOSS", value=lambda view: number(view.get("evaluation_loss"), ".4f"), right=True),
         Column(title="KEPT", value=why_kept),
         Column(title="STATE", value=lambda view: str(view.get("state_digest") or "")[:12]),
+        Column(title="WITNESSES", value=witnesses),
         Column(title="DAMAGED", value=lambda view: view.get("damaged")),
     )
     output.views(views, columns, "no checkpoint yet")
@@ -103,9 +104,18 @@ def show(*, coordinator: Coordinator, output: Output, name: CheckpointName) -> N
             ("size", size(sum(shard["bytes"] for shard in shards))),
             ("evaluation loss", view.get("evaluation_loss")),
             ("kept because", why_kept(view)),
+            ("witnesses", witnesses(view)),
             ("damaged", view.get("damaged")),
         ],
     )
+
+
+def witnesses(view: Mapping[str, Any]) -> str:
+    """How many members agreed on the state, and why if one was enough."""
+    count, alone = view.get("witnesses"), view.get("alone")
+    if count is None:
+        return ""
+    return f"{count} ({str(alone).replace('_', ' ')})" if alone else str(count)
 
 
 def why_kept(view: Mapping[str, Any]) -> str:

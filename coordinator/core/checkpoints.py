@@ -1,6 +1,10 @@
 """Checkpoints: which shard reports are accepted, when a manifest is committed, and what is kept, why.
 
 Knows digests and counts, not bytes: the shell has verified every blob before it is reported here.
+
+A manifest is committed once all its shards are stored and two members of the generation vouch for the
+state: a shard's digest says that its bytes arrived, not that they are the state everybody trains.  One
+member's word is enough where nobody else can speak, or nobody does in time; the checkpoint says so.
 """
 
 from __future__ import annotations
@@ -8,10 +12,14 @@ from __future__ import annotations
 import enum
 import hashlib
 import json
+from collections.abc import Iterable
+from dataclasses import replace
 from typing import assert_never
 
 from coordinator.core.model import (
     ENDED,
+    AgentId,
+    Alone,
     Checkpoint,
     CheckpointAction,
     CheckpointCommanded,
@@ -23,27 +31,40 @@ from coordinator.core.model import (
     Decision,
     Evaluation,
     EvaluationRecorded,
+    Generation,
     Job,
     JobPhase,
     ManifestCommitted,
+    MemberDissented,
+    NotYet,
     PendingCheckpoint,
     PendingDropped,
+    Presence,
     Record,
     Refusal,
     Refused,
+    Roster,
     Shard,
     ShardAccepted,
     ShardRecorded,
     ShardReported,
+    Standing,
+    StandingChanged,
     State,
     StatesDiffered,
+    StateWitnessed,
     Why,
+    Witness,
 )
 
 MAX_PENDING = 2
 MAX_SHARDS = 65_536
 MAX_STEPS_AHEAD = 1_000
 """A shard may be reported before the progress of its step: by so many steps at most."""
+WITNESSES = 2
+"""So many members have to say the same of the state."""
+CLAIMS_OF_ONE = 2
+"""An agent's workers may differ among themselves; more than two states in one generation is noise."""
 MOST_KEPT = 1_000
 """Checkpoints of one job that one reason keeps: each is some kilobytes of the coordinator's memory."""
 
@@ -75,21 +96,43 @@ def report(state: State, job: Job, now_ms: int, event: ShardReported) -> Decisio
     refusal = _refuse(state, job, event)
     if refusal is not None:
         return Decision(reply=refusal)
-    if any(c.step == event.step and restorable(c) for c in job.checkpoints):
-        return Decision(reply=ShardAccepted(committed=True))
-    shard = Shard(index=event.index, digest=event.digest, bytes=event.bytes)
+    witness = _witness(job, event)
+    stored = next((c for c in job.checkpoints if c.step == event.step and restorable(c)), None)
+    if stored is not None:
+        differing = event.state_digest != stored.state_digest
+        records = _differ(job, now_ms, stored.witnesses, event, witness) if differing else ()
+        return Decision(records=records, reply=ShardAccepted(committed=True))
+    shard = Shard(index=event.index, digest=event.digest, bytes=event.bytes) if event.digest else None
+    if shard is None and witness is None:
+        message = (
+            f"agent {event.agent_id} has no say in what the state of generation {event.generation} is: it was no "
+            "member, or its worker of that time is gone"
+        )
+        return Decision(reply=Refused(refusal=Refusal.NOT_A_MEMBER, message=message))
     found = next((p for p in job.pending if p.step == event.step), None)
+    begun: list[Record] = []
+    if found is not None and _contradicted(found, event, witness):
+        reason = (
+            f"generation {event.generation} says that the state is another, and one member alone had vouched"
+        )
+        begun.append(PendingDropped(at_ms=now_ms, job_id=job.job_id, step=found.step, reason=reason))
+        found = None
     if found is None and not _is_json_object(event.header_json):
         message = "header_json: not a JSON object in UTF-8 with finite numbers"
         return Decision(reply=Refused(refusal=Refusal.INVALID, message=message))
     if found is not None:
         clash = _clash(found, shard, event)
         if clash is not None:
-            return Decision(records=_differ(job, now_ms, found, event), reply=clash)
-        if shard in found.shards:
-            return Decision(reply=ShardAccepted(committed=False))
-    records: list[Record] = []
-    if found is None and len(job.pending) >= MAX_PENDING:
+            differing = event.state_digest != found.state_digest
+            records = _differ(job, now_ms, found.witnesses, event, witness) if differing else ()
+            return Decision(records=records, reply=clash)
+        if witness is not None and not _says_more(found, witness):
+            witness = None
+        if shard is None or shard in found.shards:
+            if witness is None:
+                return Decision(reply=ShardAccepted(committed=False))
+            shard = None
+    if found is None and not begun and len(job.pending) >= MAX_PENDING:
         dropped = _to_drop(job)
         ahead = _is_ahead(job, event.step)
         if ahead or (event.step < dropped.step and not _is_ahead(job, dropped.step)):
@@ -100,7 +143,7 @@ def report(state: State, job: Job, now_ms: int, event: ShardReported) -> Decisio
             # Word of the steps before it is on its way: only an older checkpoint is not wanted any more.
             why = Refusal.RATE_LIMITED if ahead else Refusal.INVALID
             return Decision(reply=Refused(refusal=why, message=message))
-        records.append(
+        begun.append(
             PendingDropped(
                 at_ms=now_ms,
                 job_id=job.job_id,
@@ -108,8 +151,9 @@ def report(state: State, job: Job, now_ms: int, event: ShardReported) -> Decisio
                 reason=f"checkpoint {event.step} began before it was complete",
             )
         )
-    records.append(
-        ShardRecorded(
+    record: ShardRecorded | StateWitnessed
+    if shard is not None:
+        record = ShardRecorded(
             at_ms=now_ms,
             job_id=job.job_id,
             generation=event.generation,
@@ -118,20 +162,248 @@ def report(state: State, job: Job, now_ms: int, event: ShardReported) -> Decisio
             shard=shard,
             state_digest=event.state_digest,
             header_json=event.header_json,
+            witness=witness,
         )
+        after = with_shard(found, record)
+    else:
+        assert witness is not None
+        record = StateWitnessed(
+            at_ms=now_ms,
+            job_id=job.job_id,
+            generation=event.generation,
+            step=event.step,
+            count=event.count,
+            header_json=event.header_json,
+            witness=witness,
+        )
+        after = with_witness(found, record)
+    committed = not isinstance(_to_commit(state, job, after, now_ms), NotYet)
+    return Decision(records=(*begun, record), reply=ShardAccepted(committed=committed))
+
+
+def with_shard(found: PendingCheckpoint | None, record: ShardRecorded) -> PendingCheckpoint:
+    """The unfinished checkpoint with one shard more; `found` is None if it is the first word of it."""
+    if found is None:
+        found = _begun(record, record.state_digest)
+    shards = tuple(sorted((*found.shards, record.shard), key=lambda shard: shard.index))
+    witnesses = found.witnesses if record.witness is None else (*found.witnesses, record.witness)
+    whole = len(shards) == found.count
+    return replace(
+        found, shards=shards, witnesses=witnesses, whole_ms=record.at_ms if whole else found.whole_ms
     )
-    stored = len(found.shards) + 1 if found is not None else 1
-    committed = stored == event.count and event.step <= job.committed_step
-    return Decision(records=tuple(records), reply=ShardAccepted(committed=committed))
 
 
-def commit(job: Job, now_ms: int) -> tuple[Record, ...]:
+def with_witness(found: PendingCheckpoint | None, record: StateWitnessed) -> PendingCheckpoint:
+    """The unfinished checkpoint with one word more about its state."""
+    if found is None:
+        found = _begun(record, record.witness.state_digest)
+    return replace(found, witnesses=(*found.witnesses, record.witness))
+
+
+def _begun(record: ShardRecorded | StateWitnessed, state_digest: str) -> PendingCheckpoint:
+    return PendingCheckpoint(
+        step=record.step,
+        generation=record.generation,
+        count=record.count,
+        state_digest=state_digest,
+        header_json=record.header_json,
+        shards=(),
+    )
+
+
+def commit(state: State, job: Job, now_ms: int) -> tuple[Record, ...]:
     """Commit what is complete."""
     for pending in job.pending:
-        if len(pending.shards) == pending.count and pending.step <= job.committed_step:
-            checkpoint = _manifest(job, pending, now_ms)
+        alone = _to_commit(state, job, pending, now_ms)
+        if not isinstance(alone, NotYet):
+            checkpoint = _manifest(job, pending, now_ms, alone)
             return (ManifestCommitted(at_ms=now_ms, job_id=job.job_id, checkpoint=checkpoint),)
     return _overtaken(job, now_ms) or _anew(job, now_ms)
+
+
+# ------------------------------------------------------------------------------- witnesses
+
+
+ALONE = {
+    Alone.ONLY_MEMBER: "on the word of its only member",
+    Alone.MEMBERS_GONE: "on the word of one member: the others are gone",
+    Alone.MEMBERS_SILENT: "on the word of one member: no other has spoken in time",
+}
+"""Why less than two witnesses were enough, for people."""
+
+
+def agreeing(found: PendingCheckpoint | Checkpoint) -> tuple[AgentId, ...]:
+    """Who vouches for the checkpoint's state."""
+    return _distinct(w.agent_id for w in found.witnesses if w.state_digest == found.state_digest)
+
+
+def vouched(state: State, job: Job, pending: PendingCheckpoint, now_ms: int) -> Alone | NotYet | None:
+    """Whether the word of its members is enough for the checkpoint, once its shards are there: None if two
+    agree; else why one alone is enough, or what is waited for.
+
+    What members say of it in the newest of its generations counts against it: healing ended older disputes."""
+    agree = agreeing(pending)
+    newest = max((w.generation for w in pending.witnesses), default=pending.generation)
+    now = [w for w in pending.witnesses if w.generation == newest]
+    against = _distinct(w.agent_id for w in now if w.state_digest != pending.state_digest)
+    if against:
+        in_favour = _distinct(w.agent_id for w in now if w.state_digest == pending.state_digest)
+        if len(in_favour) < WITNESSES or len(in_favour) <= len(against):
+            return NotYet(why=Why.STATES_DIFFER, have=len(in_favour), need=len(against) + 1)
+    if len(agree) >= WITNESSES:
+        return None
+    numbers = {pending.generation, *(w.generation for w in pending.witnesses)}
+    rosters = [roster(job, number) for number in sorted(numbers)]
+    known = [found for found in rosters if found is not None]
+    if len(known) == len(rosters):
+        if len({agent_id for found in known for agent_id in found.members}) == 1:
+            return Alone.ONLY_MEMBER
+        others = (a for found in known for a in found.members if a not in found.gone and a not in agree)
+        if not any(_there(state, job, agent_id) for agent_id in others):
+            return Alone.MEMBERS_GONE
+    # While the coordinator was away nobody could speak.
+    until_ms = max(pending.whole_ms, state.started_ms) + state.timing.witness_ms
+    if now_ms >= until_ms:
+        return Alone.MEMBERS_SILENT
+    return NotYet(why=Why.ONE_WITNESS, have=len(agree), need=WITNESSES, until_ms=until_ms)
+
+
+def witness_awaited(state: State, job: Job, now_ms: int) -> int | None:
+    """When the wait for a second witness ends, of the checkpoint where it does first; None if there is none."""
+    waits = [_to_commit(state, job, pending, now_ms) for pending in job.pending]
+    ends = [wait.until_ms for wait in waits if isinstance(wait, NotYet) and wait.until_ms is not None]
+    return min(ends, default=None)
+
+
+def roster(job: Job, number: int) -> Roster | None:
+    """Who was in that generation; None if it is not known any more."""
+    generation = job.generation
+    if generation is not None and generation.number == number:
+        return roster_of(generation)
+    return next((found for found in job.rosters if found.number == number), None)
+
+
+def roster_of(generation: Generation) -> Roster:
+    """Who is in it, by its plan."""
+    members = tuple(member.agent_id for member in generation.members)
+    return Roster(number=generation.number, members=members, gone=generation.gone)
+
+
+def name_dissenters(state: State, job: Job, now_ms: int) -> tuple[Record, ...]:
+    """Hold a state that differed against whoever is in the minority, when generation forms again because of
+    it: by then all have spoken who will.
+
+    Once is an accident, which healing repairs.  Whoever does it again is quarantined, longer each time: else
+    it could have its peers form again at every checkpoint.  Where as many say the one as the other, it is the
+    junior, as with links that are cut: a senior that lies is then alone, and stops nobody."""
+    generation = job.generation
+    if generation is None or not generation.disputed_step:
+        return ()
+    step = generation.disputed_step
+    known: tuple[PendingCheckpoint | Checkpoint, ...] = (*job.pending, *job.checkpoints)
+    found = next((checkpoint for checkpoint in known if checkpoint.step == step), None)
+    sides: dict[str, dict[AgentId, None]] = {}
+    for said in found.witnesses if found is not None else ():
+        if said.generation == generation.number:
+            sides.setdefault(said.state_digest, {})[said.agent_id] = None
+    if len(sides) < 2:
+        return ()
+    sizes = sorted((len(side) for side in sides.values()), reverse=True)
+    outvoted = sizes[0] > sizes[1]
+    rank = {member.agent_id: member.group_rank for member in generation.members}
+    right = min(sides, key=lambda digest: (-len(sides[digest]), min(rank[a] for a in sides[digest])))
+    records: list[Record] = []
+    for agent_id in _distinct(a for digest, side in sides.items() if digest != right for a in side):
+        agent = state.agents[agent_id]
+        peers = tuple(sides[right])
+        record = MemberDissented(
+            at_ms=now_ms,
+            job_id=job.job_id,
+            generation=generation.number,
+            agent_id=agent_id,
+            step=step,
+            peers=tuple(a for a in peers if a != agent_id) or peers,
+            outvoted=outvoted,
+            dissents=agent.dissents + 1,
+        )
+        records.append(record)
+        if record.dissents > 1 and agent.standing is Standing.ELIGIBLE:
+            timing = state.timing
+            doublings = min(record.dissents - 2, 20)
+            cool_down_ms = min(timing.quarantine_base_ms << doublings, timing.quarantine_max_ms)
+            records.append(
+                StandingChanged(
+                    at_ms=now_ms,
+                    agent_id=agent_id,
+                    standing=Standing.QUARANTINED,
+                    why=Why.DIVERGED,
+                    detail=dissent(record),
+                    until_ms=now_ms + cool_down_ms,
+                )
+            )
+    return tuple(records)
+
+
+def dissent(record: MemberDissented) -> str:
+    """What is held against the agent, for people."""
+    peers = ", ".join(record.peers)
+    if record.outvoted:
+        return f"after step {record.step} its state was not that of {peers}, who are more"
+    return (
+        f"after step {record.step} its state was not that of {peers}; nobody else says which is right, and "
+        f"{record.agent_id} is the junior"
+    )
+
+
+def _to_commit(state: State, job: Job, pending: PendingCheckpoint, now_ms: int) -> Alone | NotYet | None:
+    """As `vouched`; and what is waited for before that."""
+    if len(pending.shards) < pending.count or pending.step > job.committed_step:
+        return NotYet(why=Why.CHECKPOINTING, have=len(pending.shards), need=pending.count)
+    return vouched(state, job, pending, now_ms)
+
+
+def _witness(job: Job, event: ShardReported) -> Witness | None:
+    """The agent's word, if it counts: who was in the generation that took the snapshot, by its plan, and still
+    is that process, had the state."""
+    found = roster(job, event.generation)
+    if found is None or event.agent_id not in found.members or event.agent_id in found.gone:
+        return None
+    if not event.state_digest:
+        return None
+    return Witness(agent_id=event.agent_id, generation=event.generation, state_digest=event.state_digest)
+
+
+def _says_more(found: PendingCheckpoint, witness: Witness) -> bool:
+    """Whether the word is to be kept: two that agree are enough, unless somebody has said otherwise."""
+    disputed = any(w.state_digest != found.state_digest for w in found.witnesses)
+    agree = agreeing(found)
+    known = witness in found.witnesses if disputed else witness.agent_id in agree
+    return not known and (disputed or len(agree) < WITNESSES)
+
+
+def _contradicted(found: PendingCheckpoint, event: ShardReported, witness: Witness | None) -> bool:
+    """Whether a later generation, whose members have compared their states, knows better than the one member
+    that has spoken."""
+    newest = max((w.generation for w in found.witnesses), default=found.generation)
+    return (
+        witness is not None
+        and event.state_digest != found.state_digest
+        and event.generation > newest
+        and len(agreeing(found)) < WITNESSES
+    )
+
+
+def _there(state: State, job: Job, agent_id: AgentId) -> bool:
+    agent = state.agents[agent_id]
+    return (
+        agent.job_id == job.job_id
+        and agent.presence in (Presence.READY, Presence.SUSPECT)
+        and agent.standing is Standing.ELIGIBLE
+    )
+
+
+def _distinct(agents: Iterable[AgentId]) -> tuple[AgentId, ...]:
+    return tuple(dict.fromkeys(agents))
 
 
 def _overtaken(job: Job, now_ms: int) -> tuple[Record, ...]:
@@ -338,6 +610,7 @@ def _refuse(state: State, job: Job, event: ShardReported) -> Refused | None:
             message=f"agent {agent.agent_id} does not serve job {job.job_id}; its shards are not wanted",
         )
     newest = job.generation_count
+    took = roster(job, event.generation)
     if event.generation < max(1, job.lineage):
         return Refused(
             refusal=Refusal.STALE_GENERATION,
@@ -347,6 +620,12 @@ def _refuse(state: State, job: Job, event: ShardReported) -> Refused | None:
         return Refused(
             refusal=Refusal.INVALID,
             message=f"generation: found {event.generation}; the newest is {newest}",
+        )
+    if took is not None and agent.agent_id not in took.members:
+        return Refused(
+            refusal=Refusal.NOT_A_MEMBER,
+            message=f"agent {agent.agent_id} was not a member of generation {event.generation}; its shards are "
+            "not wanted",
         )
     if not 1 <= event.count <= MAX_SHARDS:
         message = f"count: found {event.count}; allowed are 1 to {MAX_SHARDS}"
@@ -363,7 +642,7 @@ def _refuse(state: State, job: Job, event: ShardReported) -> Refused | None:
     return None
 
 
-def _clash(found: PendingCheckpoint, shard: Shard, event: ShardReported) -> Refused | None:
+def _clash(found: PendingCheckpoint, shard: Shard | None, event: ShardReported) -> Refused | None:
     if event.generation < found.generation:
         return Refused(
             refusal=Refusal.STALE_GENERATION,
@@ -381,7 +660,7 @@ def _clash(found: PendingCheckpoint, shard: Shard, event: ShardReported) -> Refu
                 message=f"{name}: the first report of checkpoint {found.step} said {expected}; found {got}",
             )
     for other in found.shards:
-        if other.index == shard.index and other != shard:
+        if shard is not None and other.index == shard.index and other != shard:
             return Refused(
                 refusal=Refusal.INVALID,
                 message=f"shard {shard.index} of checkpoint {found.step} is already stored as {other.digest}",
@@ -389,26 +668,52 @@ def _clash(found: PendingCheckpoint, shard: Shard, event: ShardReported) -> Refu
     return None
 
 
-def _differ(job: Job, now_ms: int, found: PendingCheckpoint, event: ShardReported) -> tuple[Record, ...]:
+def _differ(
+    job: Job, now_ms: int, said: tuple[Witness, ...], event: ShardReported, witness: Witness | None
+) -> tuple[Record, ...]:
     """Two members of one generation say different things about their common state: until somebody is
-    healed no checkpoint comes about, and nobody is found out before the next formation."""
-    generation = job.generation
-    if event.state_digest == found.state_digest or generation is None or generation.formed_ms is None:
+    healed no checkpoint comes about, and nobody is found out before the next formation.  `said` is what was
+    said of the checkpoint before."""
+    if witness is None or witness in said:
         return ()
-    if not event.generation == found.generation == generation.number:
+    mine = [w for w in said if w.agent_id == witness.agent_id and w.generation == witness.generation]
+    if len(mine) >= CLAIMS_OF_ONE:
         return ()
-    members = {m.agent_id for m in generation.members}.difference(generation.gone)
-    if event.agent_id not in members or generation.collective_failed_ms is not None:
-        return ()
-    return (
-        StatesDiffered(
+    records: list[Record] = [
+        StateWitnessed(
             at_ms=now_ms,
             job_id=job.job_id,
-            generation=generation.number,
-            agent_id=event.agent_id,
+            generation=event.generation,
             step=event.step,
-        ),
+            count=event.count,
+            header_json=event.header_json,
+            witness=witness,
+        )
+    ]
+    generation = job.generation
+    peers = _distinct(
+        w.agent_id
+        for w in said
+        if w.generation == witness.generation and w.state_digest != witness.state_digest
     )
+    if (
+        peers
+        and generation is not None
+        and generation.number == witness.generation
+        and generation.formed_ms is not None
+        and generation.collective_failed_ms is None
+    ):
+        records.append(
+            StatesDiffered(
+                at_ms=now_ms,
+                job_id=job.job_id,
+                generation=generation.number,
+                agent_id=event.agent_id,
+                step=event.step,
+                peers=peers,
+            )
+        )
+    return tuple(records)
 
 
 def _is_json_object(text: str) -> bool:
@@ -430,7 +735,7 @@ def _is_ahead(job: Job, step: int) -> bool:
     return step > job.committed_step + 1
 
 
-def _manifest(job: Job, pending: PendingCheckpoint, now_ms: int) -> Checkpoint:
+def _manifest(job: Job, pending: PendingCheckpoint, now_ms: int, alone: Alone | None) -> Checkpoint:
     text = json.dumps(
         {
             "format": "muster-checkpoint-1",
@@ -453,4 +758,6 @@ def _manifest(job: Job, pending: PendingCheckpoint, now_ms: int) -> Checkpoint:
         state_digest=pending.state_digest,
         bytes=sum(shard.bytes for shard in pending.shards),
         committed_ms=now_ms,
+        witnesses=pending.witnesses,
+        alone=alone,
     )

@@ -17,6 +17,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import MISSING, fields, is_dataclass
 from typing import Any, Union, assert_never, get_args, get_origin
 
+from coordinator.core.checkpoints import ALONE, dissent
 from coordinator.core.evolve import look_at_everything
 from coordinator.core.model import (
     VOLATILE_OF_AGENT,
@@ -54,6 +55,7 @@ from coordinator.core.model import (
     LeaseRenewed,
     LeasesRefreshed,
     ManifestCommitted,
+    MemberDissented,
     MemberFinished,
     MemberFormed,
     MemberLost,
@@ -67,6 +69,7 @@ from coordinator.core.model import (
     StandingChanged,
     State,
     StatesDiffered,
+    StateWitnessed,
     StepsCommitted,
     StepsRolledBack,
     StepsUnrecorded,
@@ -337,9 +340,11 @@ def describe(record: Record) -> str:
             return f"a collective of generation {record.generation} failed at agent {record.agent_id}{others}"
         case StatesDiffered():
             return (
-                f"members of generation {record.generation} hold different states after step {record.step}, "
-                f"says agent {record.agent_id}"
+                f"members of generation {record.generation} hold different states after step {record.step}: "
+                f"agent {record.agent_id} another than {', '.join(record.peers) or 'its peers'}"
             )
+        case MemberDissented():
+            return f"agent {record.agent_id} has dissented {record.dissents} times: {dissent(record)}"
         case FailureCounted():
             return f"job {record.job_id} failed at agent {record.agent_id}: {record.failure.value}: {record.detail}"
         case StepsCommitted():
@@ -356,8 +361,14 @@ def describe(record: Record) -> str:
             )
         case ShardRecorded(shard=shard):
             return f"job {record.job_id}: shard {shard.index + 1} of {record.count} of checkpoint {record.step} stored"
+        case StateWitnessed(witness=witness):
+            return (
+                f"job {record.job_id}: agent {witness.agent_id} says that the state of checkpoint {record.step} "
+                f"is {witness.state_digest[:12]}"
+            )
         case ManifestCommitted(checkpoint=checkpoint):
-            return f"job {record.job_id}: checkpoint {checkpoint.step} committed, {checkpoint.bytes} bytes"
+            alone = f", {ALONE[checkpoint.alone]}" if checkpoint.alone is not None else ""
+            return f"job {record.job_id}: checkpoint {checkpoint.step} committed, {checkpoint.bytes} bytes{alone}"
         case PendingDropped():
             return (
                 f"job {record.job_id}: unfinished checkpoint {record.step} given up{_because(record.reason)}"

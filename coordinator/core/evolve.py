@@ -13,6 +13,7 @@ from dataclasses import fields, replace
 from operator import attrgetter
 from typing import Any, TypeVar, assert_never
 
+from coordinator.core import checkpoints
 from coordinator.core.matching import counts
 from coordinator.core.model import (
     ENDED,
@@ -54,6 +55,7 @@ from coordinator.core.model import (
     LeaseRenewed,
     LeasesRefreshed,
     ManifestCommitted,
+    MemberDissented,
     MemberFinished,
     MemberFormed,
     MemberLost,
@@ -65,11 +67,14 @@ from coordinator.core.model import (
     Presence,
     Record,
     Rollback,
+    Roster,
     SessionEnded,
     ShardRecorded,
+    Standing,
     StandingChanged,
     State,
     StatesDiffered,
+    StateWitnessed,
     StepsCommitted,
     StepsRolledBack,
     StepsUnrecorded,
@@ -77,12 +82,15 @@ from coordinator.core.model import (
     TokenCreated,
     TokenRevoked,
     WaitChanged,
+    Why,
 )
 
 Value = TypeVar("Value", Agent, Job)
 
 EVALUATIONS_KEPT = 16
 """A checkpoint is committed at most a few checkpoints after its step was evaluated."""
+ROSTERS_KEPT = 4
+"""Shards of a checkpoint are seldom reported later than by the generation after the next."""
 FORGOTTEN_AFTER_STEPS = 1_000
 """Failures are forgotten after so many committed steps without another one."""
 
@@ -139,6 +147,7 @@ def evolve(state: State, record: Record) -> None:
             )
             state.agenda.slots = True
         case StandingChanged():
+            released = record.standing is Standing.ELIGIBLE and record.why is Why.BY_OPERATOR
             _set_and_look(
                 state,
                 record.agent_id,
@@ -146,6 +155,7 @@ def evolve(state: State, record: Record) -> None:
                 standing_why=record.why,
                 standing_detail=record.detail,
                 quarantined_until_ms=record.until_ms,
+                dissents=0 if released else state.agents[record.agent_id].dissents,
             )
             state.agenda.slots = True
         case StrikeCounted():
@@ -165,6 +175,7 @@ def evolve(state: State, record: Record) -> None:
                 job,
                 assigned=_without(job.assigned, record.agent_id),
                 generation=_expelled(job.generation, record.agent_id),
+                rosters=_struck_off(job.rosters, record.agent_id),
             )
             _set_and_look(state, record.agent_id, job_id=None, last_generation=0, readiness=None)
             state.agenda.slots = True
@@ -239,8 +250,15 @@ def evolve(state: State, record: Record) -> None:
                         *((record.agent_id, other) for other in missed),
                     ),
                     collective_failed_ms=record.at_ms if first_ms is None else first_ms,
+                    disputed_step=record.step
+                    if isinstance(record, StatesDiffered)
+                    else generation.disputed_step,
                 ),
             )
+        case MemberDissented():
+            job, generation = _generation(state, record.job_id)
+            _set_generation(state, job, replace(generation, disputed_step=0))
+            _set(state, record.agent_id, dissents=record.dissents)
         case FailureCounted():
             job = state.jobs[record.job_id]
             prepare_failed = job.prepare_failed
@@ -277,6 +295,8 @@ def evolve(state: State, record: Record) -> None:
             _roll_back(state, record)
         case ShardRecorded():
             _record_shard(state, record)
+        case StateWitnessed():
+            _record_witness(state, record)
         case ManifestCommitted():
             job, new = state.jobs[record.job_id], record.checkpoint
             others = tuple(c for c in job.checkpoints if c.step != new.step)
@@ -457,10 +477,11 @@ def _arrive(state: State, record: AgentArrived) -> None:
 
 
 def _forget_upload(state: State, agent: Agent) -> None:
-    """What its process had still to store went with it."""
+    """What its process had still to store, or to say of a checkpoint, went with it."""
     if agent.job_id is None:
         return
     job = state.jobs[agent.job_id]
+    job = _set_job(state, job, rosters=_struck_off(job.rosters, agent.agent_id))
     generation = job.generation
     if generation is not None and agent.agent_id in generation.uploading:
         uploading = _without(generation.uploading, agent.agent_id)
@@ -548,6 +569,15 @@ def _without(agents: tuple[AgentId, ...], gone: AgentId) -> tuple[AgentId, ...]:
     return (*agents[:at], *agents[at + 1 :])
 
 
+def _struck_off(rosters: tuple[Roster, ...], agent_id: AgentId) -> tuple[Roster, ...]:
+    return tuple(
+        replace(roster, gone=(*roster.gone, agent_id))
+        if agent_id in roster.members and agent_id not in roster.gone
+        else roster
+        for roster in rosters
+    )
+
+
 def _phase(state: State, record: JobPhaseChanged) -> None:
     job = state.jobs[record.job_id]
     generation = job.generation
@@ -575,10 +605,15 @@ def _plan(state: State, record: GenerationPlanned) -> None:
     new = record.generation
     job = state.jobs[record.job_id]
     begins = new.fresh or new.from_checkpoint_step is not None
+    old = job.generation
+    rosters = job.rosters
+    if old is not None and old.members:
+        rosters = (*rosters, checkpoints.roster_of(old))[-ROSTERS_KEPT:]
     _set_job(
         state,
         job,
         generation=new,
+        rosters=rosters,
         generation_count=new.number,
         lineage=new.number if begins else job.lineage,
         gathered_ms=None,
@@ -645,8 +680,8 @@ def _change_checkpoint(
     change: Callable[[Checkpoint], Checkpoint],
 ) -> None:
     job = state.jobs[record.job_id]
-    checkpoints = tuple(change(c) if c.step == record.step else c for c in job.checkpoints)
-    _set_job(state, job, checkpoints=checkpoints)
+    changed = tuple(change(c) if c.step == record.step else c for c in job.checkpoints)
+    _set_job(state, job, checkpoints=changed)
 
 
 def _roll_back(state: State, record: JobRolledBack) -> None:
@@ -686,29 +721,33 @@ def _evaluate(state: State, record: EvaluationRecorded) -> None:
     job, new = state.jobs[record.job_id], record.evaluation
     others: tuple[Evaluation, ...] = tuple(e for e in job.evaluations if e.step != new.step)
     newest = sorted((*others, new), key=lambda e: e.step)[-EVALUATIONS_KEPT:]
-    checkpoints = tuple(
+    judged = tuple(
         replace(c, evaluation_loss=new.loss) if c.step == new.step and not c.given_up else c
         for c in job.checkpoints
     )
-    _set_job(state, job, evaluations=tuple(newest), checkpoints=checkpoints)
+    _set_job(state, job, evaluations=tuple(newest), checkpoints=judged)
 
 
 def _record_shard(state: State, record: ShardRecorded) -> None:
     job = state.jobs[record.job_id]
     found = next((p for p in job.pending if p.step == record.step), None)
-    if found is None:
-        found = PendingCheckpoint(
-            step=record.step,
-            generation=record.generation,
-            count=record.count,
-            state_digest=record.state_digest,
-            header_json=record.header_json,
-            shards=(),
-        )
-    shards = tuple(sorted((*found.shards, record.shard), key=lambda shard: shard.index))
-    others = tuple(p for p in job.pending if p.step != record.step)
-    pending = tuple(sorted((*others, replace(found, shards=shards)), key=lambda p: p.step))
-    _set_job(state, job, pending=pending)
+    _set_pending(state, job, checkpoints.with_shard(found, record))
+
+
+def _record_witness(state: State, record: StateWitnessed) -> None:
+    job = state.jobs[record.job_id]
+    found = next((p for p in job.pending if p.step == record.step), None)
+    stored = next((c for c in job.checkpoints if c.step == record.step), None)
+    if found is None and stored is not None and checkpoints.restorable(stored):
+        changed = replace(stored, witnesses=(*stored.witnesses, record.witness))
+        _set_job(state, job, checkpoints=tuple(changed if c is stored else c for c in job.checkpoints))
+    else:
+        _set_pending(state, job, checkpoints.with_witness(found, record))
+
+
+def _set_pending(state: State, job: Job, pending: PendingCheckpoint) -> None:
+    others = tuple(p for p in job.pending if p.step != pending.step)
+    _set_job(state, job, pending=tuple(sorted((*others, pending), key=lambda p: p.step)))
 
 
 def _refresh(state: State, record: LeasesRefreshed) -> None:

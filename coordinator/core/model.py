@@ -37,6 +37,12 @@ class Timing:
     forgive_ms: int
     """An agent without a strike for this long has one strike forgiven."""
 
+    @property
+    def witness_ms(self) -> int:
+        """How long a checkpoint whose shards are all stored waits for a second member's word for it: as long
+        as a member may take to confirm a plan."""
+        return self.rebuild_timeout_ms
+
     @staticmethod
     def from_lease(lease_ms: int) -> Timing:
         """Derive the budget.  `lease_ms` is 200 to 600,000; below a second is for machines in one room."""
@@ -197,6 +203,9 @@ class Why(enum.Enum):
     UNREACHABLE = "unreachable"  # a member that is needed has no open session; it is expected back
     RELEASING = "releasing"  # members are still leaving the last generation
     CHECKPOINTING = "checkpointing"  # the last checkpoint is still being stored
+    # why a checkpoint whose shards are all stored is not committed
+    ONE_WITNESS = "one_witness"  # a second member has to say that its state is the same
+    STATES_DIFFER = "states_differ"  # members say that their states are not the same
     # why a phase changed
     SUBMITTED = "submitted"
     AGENTS_ASSIGNED = "agents_assigned"
@@ -219,6 +228,14 @@ class Why(enum.Enum):
     BY_OPERATOR = "by_operator"
     DIVERGED = "diverged"
     COOLED_DOWN = "cooled_down"
+
+
+class Alone(enum.Enum):
+    """Why the word of less than two members was enough for a checkpoint; shown to operators."""
+
+    ONLY_MEMBER = "only_member"  # the generation had no other
+    MEMBERS_GONE = "members_gone"  # nobody else who was in the generation is left
+    MEMBERS_SILENT = "members_silent"  # nobody else has said anything in time
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -281,6 +298,7 @@ class Agent:
     torchrun_job: str = ""
     strikes: int = 0
     last_strike_ms: int = 0
+    dissents: int = 0  # how often its state was not that of its peers when a checkpoint was taken
     accusers: tuple[AgentId, ...] = ()  # to whom it served wrong bytes, by their word; at most MOST_ACCUSERS
     last_generation: int = 0  # newest generation of `job_id` that it was planned into and not released from
     failed_generation: int = (
@@ -363,6 +381,7 @@ class Generation:
     """Agents whose workers have the committed state in memory."""
     formed_step: int = 0  # the lowest step that those who have confirmed say they start from
     checkpoint_asked: bool = False  # a checkpoint was asked for outside its turn
+    disputed_step: int = 0  # of a checkpoint at which its members' states differed, until somebody was named
     formed_digest: str = ""  # state digest on which all that have confirmed agree, else empty
     # (peer evidence) members that reported a failed collective in this generation
     collective_failed: tuple[AgentId, ...] = ()
@@ -383,6 +402,25 @@ class Shard:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Roster:
+    """Who was in a generation that is over: whose word counts for a checkpoint that it took."""
+
+    number: int
+    members: tuple[AgentId, ...]  # as planned, in group_rank order
+    gone: tuple[AgentId, ...]
+    """Of those, whose worker or process of that time is no more."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Witness:
+    """A member's word for the digest of the state that a checkpoint is of."""
+
+    agent_id: AgentId
+    generation: int
+    state_digest: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class PendingCheckpoint:
     step: int
     generation: int
@@ -390,6 +428,8 @@ class PendingCheckpoint:
     state_digest: str
     header_json: str
     shards: tuple[Shard, ...]  # by index
+    witnesses: tuple[Witness, ...] = ()  # who vouches for `state_digest`, or says another; in order of coming
+    whole_ms: int = 0  # when the last of its shards was stored
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -407,6 +447,8 @@ class Checkpoint:
     given_up: bool = False  # an operator went back before it: its steps will be made anew
     doubted_by: tuple[AgentId, ...] = ()  # leaders that could not restore it, which may be their own fault
     sealed: bool = False  # false: of a coordinator that did not sign manifests yet
+    witnesses: tuple[Witness, ...] = ()  # as of the pending checkpoint; none: of an older coordinator
+    alone: Alone | None = None  # None: two members agreed, or it is of an older coordinator
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -447,6 +489,7 @@ class Job:
     last_failure: str = ""
     checkpoints: tuple[Checkpoint, ...] = ()  # by step
     pending: tuple[PendingCheckpoint, ...] = ()  # by step; at most 2
+    rosters: tuple[Roster, ...] = ()  # of the last few generations before the newest
     evaluations: tuple[Evaluation, ...] = ()  # the newest few, by step: their checkpoint may be on its way
     gathered_ms: int | None = None  # when min_nodes were first ready (last call starts)
     standby_ms: int | None = None  # when the first ready standby appeared while RUNNING
@@ -639,7 +682,9 @@ class GoodbyeReceived:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ShardReported:
-    """The shell has verified that a blob with this digest and size is stored."""
+    """The shell has verified that a blob with this digest and size is stored.
+
+    With an empty `digest`: the agent has no shard to store, and vouches for the state's digest."""
 
     agent_id: AgentId
     job_id: JobId
@@ -1020,6 +1065,21 @@ class StatesDiffered:
     generation: int
     agent_id: AgentId
     step: int
+    peers: tuple[AgentId, ...] = ()  # who had said otherwise
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MemberDissented:
+    """Whose state is held to be the wrong one after StatesDiffered, before the generation forms again."""
+
+    at_ms: int
+    job_id: JobId
+    generation: int
+    agent_id: AgentId
+    step: int
+    peers: tuple[AgentId, ...]  # whose states differ from its own
+    outvoted: bool  # false: as many say the one as the other, and it is the junior
+    dissents: int  # of the agent, with this one
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -1086,6 +1146,20 @@ class ShardRecorded:
     shard: Shard
     state_digest: str
     header_json: str
+    witness: Witness | None = None  # whose word it is, where it counts and was not given before
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StateWitnessed:
+    """A member's word for the state of a checkpoint, without a shard: it had none, or it was stored before."""
+
+    at_ms: int
+    job_id: JobId
+    generation: int
+    step: int
+    count: int
+    header_json: str
+    witness: Witness
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -1265,12 +1339,14 @@ DurableRecord = (
     | MemberLost
     | CollectiveFailed
     | StatesDiffered
+    | MemberDissented
     | FailureCounted
     | StepsCommitted
     | StepsUnrecorded
     | StepsRolledBack
     | JobRolledBack
     | ShardRecorded
+    | StateWitnessed
     | ManifestCommitted
     | PendingDropped
     | CheckpointDoubted

@@ -180,6 +180,7 @@ def _job_deadline(state: State, job: Job, now_ms: int) -> int | None:
             candidates.append(forming.deadline(state, generation))
         if not generation.members:
             candidates.append(forming.checkpoint_awaited(state, job))
+    candidates.append(checkpoints.witness_awaited(state, job, now_ms))
     judged = forming.assess(state, job)
     if isinstance(judged, Proposal):
         candidates.append(judged.at_ms)
@@ -198,7 +199,7 @@ def _settle_job(state: State, job: Job, now_ms: int) -> tuple[Record, ...]:
         reason = f"job {job.spec.name} is {job.phase.value}"
         return tuple(_unassign(job, agent_id, reason, now_ms) for agent_id in job.assigned)
     return (
-        checkpoints.commit(job, now_ms)
+        checkpoints.commit(state, job, now_ms)
         or _complete(state, job, now_ms)
         or _proven_dead(state, job, now_ms)
         or _not_formed(state, job, now_ms)
@@ -380,8 +381,9 @@ def _form(state: State, job: Job, now_ms: int) -> tuple[Record, ...]:
                 ),
             )
         if judged.at_ms <= now_ms:
+            named = checkpoints.name_dissenters(state, job, now_ms)
             retried = judged.why is Why.RETRY and _again(state, job, now_ms)
-            return retried or forming.plan(state, job, judged, now_ms)
+            return named or retried or forming.plan(state, job, judged, now_ms)
         return ()
     if job.gathered_ms is not None or job.standby_ms is not None:
         return (WaitChanged(at_ms=now_ms, job_id=job.job_id, gathered_ms=None, standby_ms=None),)

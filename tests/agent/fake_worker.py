@@ -67,6 +67,11 @@ def form(plan: dict[str, Any]) -> None:
             "shard", generation=generation, step=begin, index=0, count=1, digest=digest, bytes=len(text),
             state_digest="ab", header={"step": begin},
         )  # fmt: skip
+    if fake.get("vouch"):
+        say(
+            "shard", generation=generation, step=begin, index=0, count=1, digest="", bytes=0,
+            state_digest="ab", header={"step": begin},
+        )  # fmt: skip
     if kind := fake.get("fail"):
         say("failed", generation=generation, kind=kind, detail="as told", step=begin)
     if steps := fake.get("steps"):

@@ -348,6 +348,19 @@ async def test_shards_are_stored_and_reported_before_finished(
     assert (shard.count, shard.header_json) == (1, '{"step":0}')
 
 
+async def test_a_worker_without_a_shard_is_heard_though_nothing_can_be_stored(
+    volunteer: Volunteer, coordinator: FakeCoordinator
+) -> None:
+    await volunteer.start()
+    coordinator.refuse_blobs = agent_pb2.REFUSAL_NO_SPACE
+    volunteer.assign({"vouch": True, "steps": 1})
+    volunteer.plan(1, await coordinator.heard("ready"))
+    await coordinator.heard("finished")
+    (word,) = coordinator.shards
+    assert (word.digest, word.bytes, word.state_digest, word.count) == ("", 0, "ab", 1)
+    assert coordinator.blobs == {}
+
+
 async def test_drain_asks_the_coordinator_leaves_after_the_cut_and_says_goodbye(
     volunteer: Volunteer, coordinator: FakeCoordinator
 ) -> None:

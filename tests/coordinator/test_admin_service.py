@@ -237,25 +237,31 @@ class Pair:
     async def checkpoint(self, step: int, shards: list[bytes]) -> list[bool]:
         """Store the shards and report them; whether each report committed the manifest."""
         committed = []
+        if len(shards) == 1:
+            await self.report(step, 1, by=1)
         for index, data in enumerate(shards):
-            stub = await self.c.agent(self.identities[index % 2])
-            await put(stub, data)
-            reply = await stub.ReportShard(
-                agent_pb2.ReportShardRequest(
-                    job_id=self.job_id,
-                    generation=self.generation,
-                    step=step,
-                    index=index,
-                    count=len(shards),
-                    digest=digest_of(data),
-                    bytes=len(data),
-                    state_digest="ab",
-                    header_json="{}",
-                ),
-                timeout=RPC_TIMEOUT_S,
-            )
-            committed.append(reply.committed)
+            await put(await self.c.agent(self.identities[index % 2]), data)
+            committed.append(await self.report(step, len(shards), index, data, by=index % 2))
         return committed
+
+    async def report(self, step: int, count: int, index: int = 0, data: bytes = b"", *, by: int) -> bool:
+        """A shard, or without data a word for the state; whether it committed the manifest."""
+        stub = await self.c.agent(self.identities[by])
+        reply = await stub.ReportShard(
+            agent_pb2.ReportShardRequest(
+                job_id=self.job_id,
+                generation=self.generation,
+                step=step,
+                index=index,
+                count=count,
+                digest=digest_of(data) if data else "",
+                bytes=len(data),
+                state_digest="ab",
+                header_json="{}",
+            ),
+            timeout=RPC_TIMEOUT_S,
+        )
+        return reply.committed
 
 
 @pytest.fixture

@@ -51,7 +51,9 @@ class Road:
     prefix: str
 
     async def store(self, data: bytes, index: int = 0, count: int = 1, step: int = 2) -> str:
-        """Have a shard uploaded and reported as an agent does; returns its digest."""
+        """Have a shard uploaded and reported as an agent does, when the other member has vouched for the state;
+        returns its digest."""
+        await self.pair.report(step, count, by=1)
         digest = hashlib.sha256(data).hexdigest()
         self.client.cache.path(digest).write_bytes(data)
         self.reports.add(self.report(digest, len(data), index, count, step))

@@ -189,12 +189,19 @@ def test_malformed_reports_name_their_field(message: agent_pb2.AgentMessage, fie
         ({"header_json": '{"a": NaN}'}, "header_json"),
         ({"step": 0}, "step"),
         ({"bytes": 0}, "bytes"),
+        ({"digest": "", "bytes": 0}, "digest"),
+        ({"digest": "", "state_digest": "ab"}, "bytes"),
+        ({"digest": "", "state_digest": "ab", "bytes": 0, "index": 1}, "index"),
     ],
 )
 def test_a_malformed_shard_report_names_its_field(changes: dict[str, Any], field: str) -> None:
     good = {"job_id": "j", "generation": 1, "step": 1, "index": 0, "count": 4, "digest": DIGEST, "bytes": 1}
     sound = agent_pb2.ReportShardRequest(**{**good, "header_json": "{}"})
     assert translate.shard_report(sound, AGENT).digest == DIGEST
+    word = agent_pb2.ReportShardRequest(
+        **{**good, "header_json": "{}", "digest": "", "bytes": 0, "state_digest": "ab"}
+    )
+    assert translate.shard_report(word, AGENT).digest == ""
     with pytest.raises(MalformedError, match=f"^{field}: "):
         translate.shard_report(
             agent_pb2.ReportShardRequest(**{**good, "header_json": "{}", **changes}), AGENT

@@ -14,6 +14,7 @@ One line is one command.  Agents, and jobs, have one-word names that are also th
     agent a ready holds 7 abcd of 1         Ready, perhaps with state of a step (and digest), and for which
                                             of its assignments
     agent a formed | released | finished | steps 1 5 | fails killed | shard 5 0/2
+    agent a vouches 5 2 [digest]            for the state of a checkpoint of 2 shards, of which it has none
                                             all take `in G` for another generation
     agent a fails collective misses b,c     it could not reach them
     operator pause | resume | stop | cancel | checkpoint | scale 1 2 [tiny]
@@ -62,6 +63,7 @@ from coordinator.core.model import (
     JobSpec,
     JobSubmitted,
     LeaveAsked,
+    NotYet,
     ProgressReceived,
     Push,
     Readiness,
@@ -352,6 +354,17 @@ class Scenario:
                     state_digest=rest[2] if len(rest) > 2 else f"d{rest[0]}",
                     header_json="{}",
                 )
+            case "vouches":
+                return ShardReported(
+                    **same,
+                    step=int(rest[0]),
+                    index=0,
+                    count=int(rest[1]),
+                    digest="",
+                    bytes=0,
+                    state_digest=rest[2] if len(rest) > 2 else f"d{rest[0]}",
+                    header_json="{}",
+                )
             case _:
                 raise ValueError(f"unknown verb {verb}")
 
@@ -420,6 +433,8 @@ class Scenario:
                 rest, [str(c.step) for c in self.job().checkpoints if not c.damaged]
             ),
             "kept": self.expect_kept,
+            "vouched": self.expect_vouched,
+            "pending": self.expect_pending,
             "failures": lambda rest: _same(int(rest[0]), self.job().failures),
             "deadline": lambda rest: _same(rest[0], str(next_deadline(self.state))),
         }
@@ -467,6 +482,20 @@ class Scenario:
         """`kept 20 last,best`: why a checkpoint is."""
         reasons = checkpoints.kept(self.job())[int(words[0])]
         _same(words[1:], [",".join(why.value for why in reasons)])
+
+    def expect_vouched(self, words: Words) -> None:
+        """`vouched 20 a,b` or `vouched 20 a only_member`: on whose word it was committed."""
+        found = next(c for c in self.job().checkpoints if c.step == int(words[0]))
+        who = ",".join(checkpoints.agreeing(found))
+        _same(words[1:], [who, *([found.alone.value] if found.alone else [])])
+
+    def expect_pending(self, words: Words) -> None:
+        """`pending 20 one_witness 1/2 until 5000`: what keeps a checkpoint from being committed."""
+        found = next(p for p in self.job().pending if p.step == int(words[0]))
+        waits = checkpoints.vouched(self.state, self.job(), found, self.now_ms)
+        assert isinstance(waits, NotYet), f"nothing: {waits}"
+        shown = [waits.why.value, f"{waits.have}/{waits.need}"]
+        _same(words[1:], [*shown, "until", str(waits.until_ms)] if waits.until_ms else shown)
 
     def expect_agent(self, words: Words) -> None:
         """`agent a lost`, `agent a quarantined`, `agent a strikes=2 job_id=tiny`"""

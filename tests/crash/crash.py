@@ -74,6 +74,7 @@ class Crash:
         self._musterd: Musterd | None = None
         self._swarm = Swarm(lambda: self._address("main"))
         self._agents: list[LightAgent] = []
+        self._identities: dict[str, Identity] = {}
         self._returns: list[float] = []
         self._serving_s = 0.0
         self._token: JoinToken | None = None
@@ -93,6 +94,7 @@ class Crash:
         forge = Forge(self._home)
         identities = [forge.identity(agent_name(i), self._address("main")) for i in range(size)]
         self._agents = [LightAgent(identity, self._swarm) for identity in identities]
+        self._identities = {identity.id: identity for identity in identities}
         try:
             async with asyncio.TaskGroup() as group:
                 tasks = [group.create_task(agent.run()) for agent in self._agents]
@@ -207,8 +209,16 @@ class Crash:
         await asyncio.sleep(0.2)
 
     def _save(self, identity: Identity) -> Callable[[], Awaitable[None]]:
-        """Checkpoints of one shard, of the newest acknowledged step of this agent's job."""
+        """Checkpoints of one shard, of the newest acknowledged step of this agent's job; another member vouches."""
         agent = next(one for one in self._agents if one.id == identity.id)
+
+        async def vouch(report: agent_pb2.ReportShardRequest) -> None:
+            other = next(one for one in self._agents if one.job_id == agent.job_id and one.rank == 1)
+            word = agent_pb2.ReportShardRequest()
+            word.CopyFrom(report)
+            word.digest, word.bytes = "", 0
+            async with aio_channel(self._identities[other.id], self._address("main")) as channel:
+                await agent_pb2_grpc.AgentServiceStub(channel).ReportShard(word, timeout=RPC_TIMEOUT_S)
 
         async def save() -> None:
             if agent.rank != 0 or not agent.step:
@@ -236,6 +246,7 @@ class Crash:
                     state_digest="ab" * 16,
                     header_json="{}",
                 )
+                await vouch(report)
                 reply = await stub.ReportShard(report, timeout=RPC_TIMEOUT_S)
                 if reply.committed:
                     self._ledger.checkpoints.add((job_id, step))

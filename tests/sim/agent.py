@@ -136,6 +136,8 @@ class Process:
         self.frozen = False
         self.lies_ready = False
         self.lies_formed = False
+        self.lies_vouching = False  # of the state of a checkpoint, where it has no shard
+        self.never_vouches = False  # as an agent of an older version
         self.session: Session | None = None
         self.connected = False
         self.job: JobRun | None = None
@@ -455,12 +457,14 @@ class ShardReports:
             process.timer(world.jittered(upload.delay_ms), self._store, upload)
             upload.delay_ms = min(2 * upload.delay_ms, 30_000)
             return
-        coordinator.blobs[report.digest] = world.now_ms
-        coordinator.damaged.pop(report.digest, None)
+        if report.digest:
+            coordinator.blobs[report.digest] = world.now_ms
+            coordinator.damaged.pop(report.digest, None)
         starts = coordinator.starts
 
         def arrived() -> None:
-            if coordinator.up and coordinator.starts == starts and report.digest in coordinator.blobs:
+            stored = not report.digest or report.digest in coordinator.blobs
+            if coordinator.up and coordinator.starts == starts and stored:
                 coordinator.submit(report, released=answered)
 
         def answered(_: State, reply: Reply) -> None:
@@ -709,6 +713,10 @@ class JobRun:
         self._send_progress()
 
     def _shard(self, message: control.Shard) -> None:
+        vouches = not message.digest
+        if vouches and self.process.never_vouches:
+            return
+        lies = vouches and self.process.lies_vouching
         self.process.reports.add(
             ShardReported(
                 agent_id=self.process.agent_id,
@@ -719,7 +727,7 @@ class JobRun:
                 count=message.count,
                 digest=message.digest,
                 bytes=message.bytes,
-                state_digest=message.state_digest,
+                state_digest=LIE if lies else message.state_digest,
                 header_json=json.dumps(message.header, sort_keys=True, separators=(",", ":")),
             )
         )

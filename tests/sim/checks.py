@@ -19,6 +19,7 @@ from coordinator.core.model import (
     Agent,
     AgentId,
     AgentUnassigned,
+    Alone,
     CheckpointDamaged,
     CheckpointPinned,
     CheckpointRetired,
@@ -80,6 +81,7 @@ class Checks:
         self._step: dict[JobId, int] = {}
         self._lineage: dict[JobId, int] = {}  # what is of an earlier generation has been given up
         self._manifest_ms: dict[JobId, int] = {}
+        self._members: dict[tuple[JobId, int], tuple[AgentId, ...]] = {}  # of each generation
         self._stores: dict[tuple[str, int], None] = {}
         self._acknowledged: dict[JobId, int] = {}
         self._lineage: dict[JobId, int] = {}  # generation that began the state which counts
@@ -240,6 +242,7 @@ class Checks:
             generation.committed_step == step, f"a plan says step {generation.committed_step}; it is {step}"
         )
         members = [m.agent_id for m in generation.members]
+        self._members[job_id, number] = tuple(members)
         require(len(set(members)) == len(members), "an agent is twice in one generation")
         place = 0
         for rank, member in enumerate(generation.members):
@@ -307,6 +310,7 @@ class Checks:
         require(
             checkpoint.step <= self._step.get(job_id, 0), f"checkpoint {checkpoint.step} is of the future"
         )
+        self._check_witnesses(record)
         manifest = json.loads(checkpoint.manifest_json)
         shards = manifest["shards"]
         require([s["index"] for s in shards] == list(range(len(shards))), "a manifest lacks shards")
@@ -319,6 +323,22 @@ class Checks:
             )
         honest = self.fleet.truth.is_honest(job_id, checkpoint.state_digest, checkpoint.step)
         require(honest, f"checkpoint {checkpoint.step} holds a state of another step")
+
+    def _check_witnesses(self, record: ManifestCommitted) -> None:
+        """Two members of the generations that took it say the same of its state, or it says why one was enough."""
+        checkpoint = record.checkpoint
+        for word in checkpoint.witnesses:
+            members = self._members[record.job_id, word.generation]
+            require(word.agent_id in members, f"{word} is not of a member")
+        agree = {w.agent_id for w in checkpoint.witnesses if w.state_digest == checkpoint.state_digest}
+        require(
+            (checkpoint.alone is None) == (len(agree) >= 2),
+            f"checkpoint {checkpoint.step} was committed on the word of {len(agree)}: {checkpoint.alone}",
+        )
+        if checkpoint.alone is Alone.ONLY_MEMBER:
+            numbers = {checkpoint.generation, *(w.generation for w in checkpoint.witnesses)}
+            everybody = {a for number in numbers for a in self._members[record.job_id, number]}
+            require(len(everybody) == 1, f"the only member of {len(everybody)} vouched")
 
     def unrecorded(self, record: StepsUnrecorded) -> None:
         """The log gets a hole: nobody who is there may know what was in it."""

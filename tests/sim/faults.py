@@ -32,6 +32,8 @@ class Kind(enum.Enum):
     LIE_READY = "lie in Ready"  # claims a state that it does not hold
     LIE_FORMED = "lie in Formed"
     LIE_TO_PEERS = "lie to peers"
+    LIE_VOUCHING = "lie about a checkpoint's state"
+    NEVER_VOUCH = "say nothing of a checkpoint's state"  # until its process ends
     CORRUPT = "corrupt state"
     CLOCK_JUMP = "clock jump"
     NO_DATA = "preparation fails"

@@ -345,7 +345,14 @@ class Fleet:
                     self.world.after(turn * (ms + 1_000), self._flap, machine)
             case Kind.CLONE:
                 return self._clone(machine, ms)
-            case Kind.LIE_READY | Kind.LIE_FORMED | Kind.LIE_TO_PEERS | Kind.CORRUPT:
+            case (
+                Kind.LIE_READY
+                | Kind.LIE_FORMED
+                | Kind.LIE_TO_PEERS
+                | Kind.LIE_VOUCHING
+                | Kind.NEVER_VOUCH
+                | Kind.CORRUPT
+            ):
                 return self._lie(process, kind)
             case Kind.CLOCK_JUMP:
                 if process is None or process.session is None:
@@ -464,6 +471,10 @@ class Fleet:
             process.lies_ready = True
         elif kind is Kind.LIE_FORMED:
             process.lies_formed = True
+        elif kind is Kind.LIE_VOUCHING:
+            process.lies_vouching = True
+        elif kind is Kind.NEVER_VOUCH:
+            process.never_vouches = True
         else:
             return self._lie_in_memory(process, kind)
         return True
@@ -679,7 +690,7 @@ class Fleet:
                 continue
             process = machine.process
             if process is not None and process.alive:
-                process.lies_ready = process.lies_formed = False
+                process.lies_ready = process.lies_formed = process.lies_vouching = False
                 for slot in process.job.slots.values() if process.job is not None else ():
                     slot.worker.lies = False
                     slot.worker.thaw()

@@ -333,14 +333,28 @@ class Worker:
             )
             for index in range(rank, count, world_size)
         ]
+        if not mine:
+            mine = [
+                control.Shard(
+                    generation=generation,
+                    step=self.step,
+                    index=0,
+                    count=count,
+                    digest="",
+                    bytes=0,
+                    state_digest=self.digest,
+                    header=header,
+                )
+            ]
         self.later(self.writing_until_ms - self.world.now_ms, self._written, mine)
 
     def _written(self, shards: list[control.Shard]) -> None:
-        if self.process.machine.full:
-            self.unsaved = True
-            return
         for shard in shards:
-            self.process.machine.blobs[shard.digest] = None
+            if shard.digest:
+                if self.process.machine.full:
+                    self.unsaved = True
+                    return
+                self.process.machine.blobs[shard.digest] = None
             self.tell(shard)
 
     def finish(self, group: Group) -> None:

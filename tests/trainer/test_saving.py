@@ -61,11 +61,17 @@ class Run:
         self.directory = Held(root)
         self.tensors = state(1)
         self.shards: list[tuple[Snapshot, ShardFile]] = []
+        self.words: list[Snapshot] = []  # of ranks without a shard
         self.world_size = world_size
         self.savers = [
-            Saver(self.directory, self.tensors, SHARD_BYTES, lambda *found: self.shards.append(found))
-            for _ in range(world_size)
+            Saver(self.directory, self.tensors, SHARD_BYTES, self.saved) for _ in range(world_size)
         ]
+
+    def saved(self, snapshot: Snapshot, shard: ShardFile | None) -> None:
+        if shard is None:
+            self.words.append(snapshot)
+        else:
+            self.shards.append((snapshot, shard))
 
     def take(self, step: int, state_digest: Callable[[], str] | None = None) -> None:
         for rank, saver in enumerate(self.savers):
@@ -123,6 +129,15 @@ def test_what_is_written_is_the_state_of_the_step_though_training_went_on(
     run.wait()
     assert same(run.restored(1), state(1))
     assert same(run.tensors, state(2))
+
+
+def test_a_rank_without_a_shard_says_once_what_the_states_digest_is(tmp_path: Path) -> None:
+    run = Run(tmp_path, world_size=12)
+    run.take(1)
+    run.wait()
+    [shards] = {snapshot.count for snapshot, _ in run.shards}
+    assert 0 < shards == len(run.shards) < 12
+    assert [word.state_digest for word in run.words] == [digest(state(1))] * (12 - shards)
 
 
 def test_training_waits_for_the_snapshot_to_be_read_and_not_for_it_to_be_written(tmp_path: Path) -> None:
