@@ -406,6 +406,8 @@ class ElasticGroup:
         asked = self._asked_checkpoint
         with self._bell:
             leaving = self._newer_plan() or self._stopped
+        # On CUDA these stay where they are: the sum is queued behind the gradients that they come from.
+        here = self.device.type == "cpu"
         # Sums of these are exact in float64: each half of the digest is below 2^32.
         vote = torch.tensor(
             [
@@ -416,16 +418,18 @@ class ElasticGroup:
                 float(self._data_digest >> 32),
                 float(leaving),
                 float(asked),
-                0.0,
-                0.0,
-                0.0,
+                float(self._losses) if here else 0.0,
+                self._pending_norm if here else 0.0,
+                float(math.isfinite(self._pending_norm)) if here else 0.0,
                 1.0,
             ],
             dtype=torch.float64,
-        ).to(self.device, non_blocking=True)
-        vote[7] = self._losses
-        vote[8] = norm
-        vote[9] = norm.isfinite()
+        )
+        if not here:
+            vote = vote.to(self.device, non_blocking=True)
+            vote[7] = self._losses
+            vote[8] = norm
+            vote[9] = norm.isfinite()
         try:
             group.all_reduce(vote)
         except Interrupted:

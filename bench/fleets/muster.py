@@ -55,6 +55,12 @@ class Muster(Fleet):
                 raise FleetError(f"musterd does not serve; its output:\n{self.park.log_tail('musterd')}")
             time.sleep(0.02)
 
+    @property
+    def coordinator_pid(self) -> int:
+        """While it runs."""
+        assert self._coordinator is not None
+        return self._coordinator.pid
+
     def kill_coordinator(self) -> None:
         assert self._coordinator is not None
         self._coordinator.kill()
