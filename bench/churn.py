@@ -1,17 +1,23 @@
 """A job under random SIGKILL, SIGSTOP, SIGTERM and joins: how much training is left, and is it the same?
 
-    python -m bench.churn [--json] [--minutes 10] [--seed 1] [--every 10]
+    python -m bench.churn [--json] [--minutes 10] [--seed 1] [--every 10] [--newcomers-yield]
 
 Goodput is the steps committed under churn divided by the steps that the same fleet commits undisturbed
 in the same time (measured first, in the same run).  Afterwards one process trains alone through the same
 steps, and its loss per step is compared with what the fleet committed.
+
+A newcomer imports torch twice, some 8 s of a core, which on a machine of its own costs the others nothing,
+and here, where all share two cores, a good part of their time.  With --newcomers-yield it runs only when
+nobody else wants a core, until it has committed its first step.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import heapq
 import itertools
+import os
 import random
 import signal
 import statistics
@@ -75,7 +81,10 @@ class Storm:
     Two members at least are always left alone, and one more than the job takes may wait as a standby.
     """
 
-    def __init__(self, fleet: Fleet, rng: random.Random, every_s: float) -> None:
+    def __init__(self, fleet: Fleet, rng: random.Random, every_s: float, *, yielding: bool = False) -> None:
+        """`yielding`: newcomers get idle time only; needs the right to give it back (CAP_SYS_NICE)."""
+        self._yielding = yielding
+        self._newcomers: set[int] = set()
         self._fleet = fleet
         self._rng = rng
         self._every_s = every_s
@@ -90,10 +99,25 @@ class Storm:
         self._at(time.monotonic() + self._rng.expovariate(1 / self._every_s), self._strike)
         while self._due and self._due[0][0] < end:
             due, _, act = heapq.heappop(self._due)
-            self._fleet.trace.wait(lambda _: False, max(0.0, due - time.monotonic()))
+            self._fleet.trace.wait(self._watch, max(0.0, due - time.monotonic()))
             self._check()
             act()
-        self._fleet.trace.wait(lambda _: False, max(0.0, end - time.monotonic()))
+        self._fleet.trace.wait(self._watch, max(0.0, end - time.monotonic()))
+
+    def _watch(self, fresh: Iterable[Commit]) -> bool:
+        for commit in fresh:
+            member = self._fleet.owner(commit)
+            if member in self._newcomers:
+                self._newcomers.discard(member)
+                for pid in (member, commit.pid):
+                    schedule(pid, os.SCHED_OTHER)
+        return False
+
+    def _add(self) -> None:
+        member = self._fleet.add()
+        if self._yielding:
+            self._newcomers.add(member)
+            schedule(member, os.SCHED_IDLE)
 
     def _check(self) -> None:
         for member, process in self._fleet.members.items():
@@ -121,13 +145,13 @@ class Storm:
         self.events[kind] = self.events.get(kind, 0) + 1
         progress(f"  {kind} ({len(fleet.members)} members)")
         if kind == "join":
-            fleet.add()
+            self._add()
         if kind in {"join", "spared"}:
             return
         victim = rng.choice(targets)
         if kind == "kill":
             fleet.remove(victim)
-            self._later(0.0, 3.0, lambda: void(fleet.add()))
+            self._later(0.0, 3.0, self._add)
         elif kind == "kill_worker":
             send(fleet.worker(victim), signal.SIGKILL)
         elif kind == "drain":
@@ -152,11 +176,14 @@ class Storm:
     def _replace(self, member: int) -> None:
         self._busy.discard(member)
         self._fleet.remove(member)
-        self._fleet.add()
+        self._add()
 
 
-def void(_: object) -> None:
-    """For callbacks whose result nobody wants."""
+def schedule(pid: int, policy: int) -> None:
+    """Give every thread of a process, if it still lives, a scheduling policy; what they start inherits it."""
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+        for thread in Path(f"/proc/{pid}/task").iterdir():
+            os.sched_setscheduler(int(thread.name), policy, os.sched_param(0))
 
 
 def undisturbed_losses(job: dict[str, Any], park: Park, home: Path, last: int) -> dict[int, float]:
@@ -191,7 +218,7 @@ def undisturbed_losses(job: dict[str, Any], park: Park, home: Path, last: int) -
         trace.close()
 
 
-def measure(shape: Shape, minutes: float, every_s: float, seed: int) -> list[Row]:
+def measure(shape: Shape, minutes: float, every_s: float, seed: int, *, yielding: bool) -> list[Row]:
     """The whole benchmark."""
     with Muster(shape) as fleet:
         fleet.start(shape.world)
@@ -207,7 +234,7 @@ def measure(shape: Shape, minutes: float, every_s: float, seed: int) -> list[Row
         progress(f"{calm_rate:.2f} steps/s; churn for {minutes:g} min")
         start, since = len(fleet.trace), time.monotonic()
         first = max(c.step for c in fleet.trace.commits(start - 3 * shape.world))
-        storm = Storm(fleet, random.Random(seed), every_s)
+        storm = Storm(fleet, random.Random(seed), every_s, yielding=yielding)
         storm.rage(60 * minutes)
         seconds = time.monotonic() - since
         churned = fleet.trace.commits(start)
@@ -221,7 +248,7 @@ def measure(shape: Shape, minutes: float, every_s: float, seed: int) -> list[Row
             losses(everything), undisturbed_losses(fleet.job(), fleet.park, fleet.home, last)
         )
     happened = ", ".join(f"{count} {kind}" for kind, count in sorted(storm.events.items()))
-    case = f"every {every_s:g} s for {minutes:g} min"
+    case = f"every {every_s:g} s for {minutes:g} min" + (", newcomers yield" if yielding else "")
     return [
         Row.of([value], case=case, system="muster", metric=metric, unit=unit, goal=goal, note=note)
         for metric, value, unit, goal, note in (
@@ -250,9 +277,14 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--step-delay-ms", type=int, default=100)
     parser.add_argument("--silence-s", type=float, default=1.0, help="the lease")
+    parser.add_argument(
+        "--newcomers-yield", action="store_true", help="they get idle time only until they have joined"
+    )
     args = parser.parse_args()
     shape = Shape(step_delay_ms=args.step_delay_ms, silence_s=args.silence_s, seed=args.seed)
-    emit(measure(shape, args.minutes, args.every, args.seed), as_json=args.json)
+    emit(
+        measure(shape, args.minutes, args.every, args.seed, yielding=args.newcomers_yield), as_json=args.json
+    )
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
 """What fault tolerance costs a step when nothing happens.
 
-    python -m bench.overhead [--json] [--rounds 60] [--steps 8]
+    python -m bench.overhead [--json] [--rounds 40] [--steps 8]
 
 Muster (coordinator, agents, vote, digests, control socket, progress) and a plain DDP loop run the same
 model on the same data at the same padded step, in turns on one machine: while the workers of one are
 measured those of the other are frozen.  The turns are short, about a second each, because a machine's speed
-changes by more than what is to be measured within minutes.  Each round gives one ratio of median step times.
+changes by more than what is to be measured within minutes; each worker has a core of its own.  Each round gives one ratio of median step times.
 
 In a third turn the coordinator and the agents are frozen, too, and the workers go on alone, which they do
 for as long as the lease allows.  That is the cost where two workers do not share two cores with a coordinator
@@ -16,11 +16,13 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import os
 import signal
 import statistics
 import subprocess
 import sys
 from collections.abc import Iterable
+from pathlib import Path
 
 from bench.fleets.fleet import REPOSITORY, Fleet, Shape, free_port
 from bench.fleets.muster import Muster
@@ -74,6 +76,19 @@ def workers(fleet: Fleet) -> list[int]:
     return [fleet.worker(member) for member in fleet.members]
 
 
+def settle(fleet: Fleet) -> list[int]:
+    """Give each worker a core of its own, and return their pids.
+
+    Two workers that wait for each other are drawn to one core by the kernel, one system's more than the
+    other's; on machines of their own they would not be."""
+    cores = sorted(os.sched_getaffinity(0))
+    pids = workers(fleet)
+    for index, pid in enumerate(pids):
+        for thread in Path(f"/proc/{pid}/task").iterdir():
+            os.sched_setaffinity(int(thread.name), {cores[index % len(cores)]})
+    return pids
+
+
 def hold(pids: Iterable[int], number: signal.Signals) -> None:
     """SIGSTOP or SIGCONT."""
     for pid in pids:
@@ -94,11 +109,11 @@ def measure(shape: Shape, rounds: int, steps: int) -> list[Row]:
     with contextlib.ExitStack() as stack:
         muster = stack.enter_context(Muster(shape))
         muster.start(shape.world)
-        mine = workers(muster)
+        mine = settle(muster)
         hold(mine, signal.SIGSTOP)
         plain = stack.enter_context(Plain(shape, str(muster.home / "job.yaml")))
         plain.start(shape.world)
-        others = workers(plain)
+        others = settle(plain)
         for number in range(rounds):
             times["plain-ddp"].append(step_s(plain, steps))
             hold(others, signal.SIGSTOP)
@@ -135,7 +150,7 @@ def measure(shape: Shape, rounds: int, steps: int) -> list[Row]:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.overhead", description=__doc__.splitlines()[0])
     parser.add_argument("--json", action="store_true", help="one JSON list on standard output")
-    parser.add_argument("--rounds", type=int, default=60)
+    parser.add_argument("--rounds", type=int, default=40)
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--step-delay-ms", type=int, default=100)
     parser.add_argument("--world", type=int, default=2)
