@@ -37,3 +37,9 @@ def test_a_seed_gives_the_same_trace_under_any_hash_seed() -> None:
     traces = [done.stdout.splitlines()[:-1] for done in (one, other)]  # the last line has the time it took
     assert len(traces[0]) > 100
     assert traces[0] == traces[1]
+
+
+def test_processes_share_the_seeds() -> None:
+    done = simulate("--first", "1", "--seeds", "10", "--minutes", "0.1", "--processes", "2")
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    assert done.stdout.startswith("10 seeds in ")
