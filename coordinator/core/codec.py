@@ -11,6 +11,7 @@ import enum
 import functools
 import json
 import math
+import operator
 import types
 import typing
 from collections.abc import Callable, Mapping
@@ -153,8 +154,7 @@ def decode_state(text: str) -> State:
 # ------------------------------------------------------------------------------- generic
 
 
-def _dump(body: Json) -> str:
-    return json.dumps(body, separators=(",", ":"), allow_nan=False)
+_dump = json.JSONEncoder(separators=(",", ":"), allow_nan=False).encode
 
 
 def _load(text: str, where: str) -> dict[str, Json]:
@@ -173,21 +173,31 @@ def _check_version(body: dict[str, Json], where: str) -> None:
         raise CodecError(f"{where}: found version {version!r}; this version of Muster reads {VERSION}")
 
 
+_PLAIN = frozenset({type(None), bool, int, float, str})
+
+
 def _encode(value: Any, *, durable_only: bool = False) -> Json:
-    if value is None or isinstance(value, bool | int | float | str):
+    kind: Any = type(value)
+    if kind in _PLAIN:
         return value
+    if kind is tuple:
+        return [item if type(item) in _PLAIN else _encode(item) for item in value]
     if isinstance(value, enum.Enum):
         return value.value
-    if isinstance(value, tuple):
-        return [_encode(item) for item in value]
-    kind: Any = type(value)
-    left_out = _VOLATILE.get(kind, frozenset()) if durable_only else frozenset()
-    return {name: _encode(getattr(value, name)) for name in _names(kind) if name not in left_out}
+    names, read = _fields(kind, durable_only)
+    return {
+        name: item if type(item) in _PLAIN else _encode(item)
+        for name, item in zip(names, read(value), strict=True)
+    }
 
 
 @functools.cache
-def _names(kind: Any) -> tuple[str, ...]:
-    return tuple(field.name for field in fields(kind))
+def _fields(kind: Any, durable_only: bool) -> tuple[tuple[str, ...], Callable[[Any], tuple[Any, ...]]]:
+    """The fields that are written, and how to read all of them at once."""
+    left_out = _VOLATILE.get(kind, frozenset()) if durable_only else frozenset()
+    names = tuple(field.name for field in fields(kind) if field.name not in left_out)
+    read = operator.attrgetter(*names)
+    return names, read if len(names) > 1 else lambda value: (read(value),)
 
 
 @functools.cache
