@@ -271,12 +271,12 @@ class LightAgent:
         self.step = max(self.step, plan.committed_step)
         if rank == 0:
             await self.ready()
-        if self._forming is not None:
-            self._forming.cancel()
         self._forming = asyncio.create_task(self._form(plan.generation))
 
     async def _form(self, generation: int) -> None:
         await asyncio.sleep(FORMING_S)
+        if generation != self.generation:  # never cancelled instead: gRPC would end the call with the write
+            return
         with contextlib.suppress(grpc.aio.AioRpcError, asyncio.InvalidStateError):
             await self.say(
                 formed=agent_pb2.Formed(

@@ -38,6 +38,8 @@ UPLOAD_MS = 600_000
 """The last checkpoint of leaving members is waited for so long once some of it has been stored."""
 RESTORE_BYTES_PER_MS = 5_000
 """The slowest line on which a restored checkpoint is still waited for; agents reckon alike (agent/job.py)."""
+# To look a member of an enum up takes ten times as long as a name does, and a roll may be of thousands.
+_READY, _SUSPECT, _ABSENT, _ELIGIBLE = Presence.READY, Presence.SUSPECT, Presence.ABSENT, Standing.ELIGIBLE
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,8 +114,8 @@ def serving(state: State, job: Job, agent_id: AgentId) -> bool:
     agent = state.agents[agent_id]
     return (
         agent.job_id == job.job_id
-        and (agent.presence is Presence.READY or agent.presence is Presence.SUSPECT)
-        and agent.standing is Standing.ELIGIBLE
+        and (agent.presence is _READY or agent.presence is _SUSPECT)
+        and agent.standing is _ELIGIBLE
     )
 
 
@@ -137,27 +139,29 @@ def _call(state: State, job: Job) -> Roll:
             agent = agents[agent_id]
             there = (  # as `serving`: a generation may have a thousand members
                 agent.job_id == job_id
-                and (agent.presence is Presence.READY or agent.presence is Presence.SUSPECT)
-                and agent.standing is Standing.ELIGIBLE
+                and (agent.presence is _READY or agent.presence is _SUSPECT)
+                and agent.standing is _ELIGIBLE
                 and agent_id not in gone
             )
             (alive if there else lost).append(agent_id)
+        still_leaving = [a for a in leaving if serving(state, job, a)]
         if awaits_leaving(generation):
             members = frozenset(member.agent_id for member in generation.members)
             lost += [a for a in generation.gone if a not in members]
-            lost += [a for a in leaving if not serving(state, job, a)]
+            if len(still_leaving) < len(leaving):
+                served = frozenset(still_leaving)
+                lost += [a for a in leaving if a not in served]
         if generation.formed_ms is None:
             holders = frozenset(generation.holders)
             if holders.isdisjoint(alive):
-                staying = [a for a in leaving if serving(state, job, a)]
-                alive += [a for a in staying if a in holders or not generation.members]
+                alive += [a for a in still_leaving if a in holders or not generation.members]
     inside = frozenset((*alive, *leaving))
     ready: list[AgentId] = []
     unfit: list[AgentId] = []
     preparing = False
     for agent_id in job.assigned:
         agent = agents[agent_id]
-        if agent.draining or agent.standing is not Standing.ELIGIBLE or agent.presence is Presence.ABSENT:
+        if agent.draining or agent.standing is not _ELIGIBLE or agent.presence is _ABSENT:
             unfit.append(agent_id)
         elif agent_id not in inside and _reachable(agent):
             if agent.readiness is None:
@@ -226,7 +230,7 @@ def preparing(state: State, job: Job) -> bool:
 
 
 def _reachable(agent: Agent) -> bool:
-    return agent.session_id is not None and agent.presence is Presence.READY
+    return agent.session_id is not None and agent.presence is _READY
 
 
 def holds_state(state: State, job: Job, agent_id: AgentId) -> bool:

