@@ -429,7 +429,8 @@ class Checks:
                 f"steps up to {self._acknowledged.get(job_id)} were acknowledged; {job.committed_step} are remembered",
             )
             require(job.generation_count == self._generation.get(job_id, 0), "a generation was forgotten")
-            require(len(step_log.get(job_id, {})) == job.committed_step, "the step log and the state differ")
+            known = len(step_log.get(job_id, {})) + len(self._holes.get(job_id, ()))
+            require(known == job.committed_step, "the step log and the state differ")
 
     def finish(self, state: State) -> None:
         """At the end of a run."""
