@@ -7,6 +7,7 @@ from which a broken download resumes.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 import hashlib
 import json
@@ -15,7 +16,7 @@ import random
 import re
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,6 +43,8 @@ BUSY_TRIES = 40
 LONGEST_BUSY_DELAY_S = 5.0
 UPLOADS_AT_ONCE = 2
 TRANSFERS_AT_ONCE = 8
+MEASURED_FROM_BYTES = 1 << 20  # less says more of the latency than of the line
+UPLOAD_RATE_GOOD_S = 3600.0
 PRESIGNED_TRIES = 5
 FIRST_DELAY_S = 0.2
 LONGEST_DELAY_S = 15.0
@@ -169,6 +172,46 @@ def _nobody_listens(source: str, count: int) -> None:
     pass
 
 
+class UploadMeter:
+    """How fast this machine uploads: bytes over the time in which any were on their way, recent mean."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._rate = 0.0
+        self._measured_s = 0.0
+        self._under_way = 0
+        self._since_s = 0.0
+        self._sent = 0
+
+    @property
+    def bytes_per_s(self) -> int:
+        """0 if nothing, or too little to tell, was sent of late."""
+        return int(self._rate) if self._clock() - self._measured_s < UPLOAD_RATE_GOOD_S else 0
+
+    @contextlib.contextmanager
+    def counted(self, size: int) -> Iterator[None]:
+        """Around an upload of `size` bytes; one that fails counts as time alone."""
+        if not self._under_way:
+            self._since_s, self._sent = self._clock(), 0
+        self._under_way += 1
+        try:
+            yield
+            self._sent += size
+        finally:
+            self._under_way -= 1
+            if not self._under_way:
+                self._settle()
+
+    def _settle(self) -> None:
+        elapsed_s = self._clock() - self._since_s
+        if self._sent < MEASURED_FROM_BYTES or elapsed_s <= 0:
+            return
+        rate = self._sent / elapsed_s
+        known = self.bytes_per_s
+        self._rate = (known + rate) / 2 if known else rate
+        self._measured_s = self._clock()
+
+
 class BlobClient:
     """Moves blobs between the cache, other agents' caches and the coordinator's store.
 
@@ -192,6 +235,7 @@ class BlobClient:
         self._unreachable: dict[str, float] = {}
         self._liars: set[str] = set()
         self._busy: set[str] = set()  # blobs that an agent has, which could not serve one more just now
+        self.uploads = UploadMeter()
         # Apart from the loop's own threads: a store that stalls must not hold up the rest of the agent.
         self._transfers = ThreadPoolExecutor(TRANSFERS_AT_ONCE, thread_name_prefix="transfer")
 
@@ -410,11 +454,12 @@ class BlobClient:
         offset = min(found.received.get(digest, 0), size)
         if offset:
             log.info("blob.upload_goes_on", digest=digest, offset=offset, bytes=size)
-        call = self._stub().PutBlob(self._chunks(digest, size, offset))
-        try:
-            await call
-        finally:
-            call.cancel()
+        with self.uploads.counted(size - offset):
+            call = self._stub().PutBlob(self._chunks(digest, size, offset))
+            try:
+                await call
+            finally:
+                call.cancel()
 
     async def _upload_presigned(self, digest: str, size: int) -> bool:
         """Whether this coordinator hands out URLs.  Raise TransferBroken when the store takes nothing."""
@@ -426,7 +471,10 @@ class BlobClient:
             return True
         transfer = Transfer(where.url)
         try:
-            await self._run(transfer, functools.partial(transfer.put, self.cache.path(digest), where.headers))
+            with self.uploads.counted(size):
+                await self._run(
+                    transfer, functools.partial(transfer.put, self.cache.path(digest), where.headers)
+                )
         except TransferBroken:
             if not await asyncio.to_thread(self.cache.recheck, digest):
                 raise BlobError(f"blob {digest}: its file in the cache is damaged") from None
@@ -576,6 +624,7 @@ class ShardReports:
                 if report.digest:
                     async with self._slots:
                         await self._blobs.upload(report.digest)
+                report.upload_bytes_per_s = self._blobs.uploads.bytes_per_s
                 reply = await self._stub().ReportShard(report, timeout=CALL_TIMEOUT_S)
                 log.info("shard.reported", **about, committed=reply.committed)
                 break

@@ -48,6 +48,7 @@ class Plan:
     checkpoint_before_cut: bool
     timeout_s: float
     holders: list[int] = field(default_factory=list)  # ranks whose state counts; empty: everybody's
+    upload_weights: list[int] = field(default_factory=list)  # of each rank; empty: equal
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -390,7 +390,11 @@ class Agent:
         job = self._job
         held = agent_pb2.Membership(job_id=job.job_id, generation=job.member_of) if job is not None else None
         return agent_pb2.Hello(
-            protocol=wire.PROTOCOL, incarnation=self._incarnation, probe=self._probe, held=held
+            protocol=wire.PROTOCOL,
+            incarnation=self._incarnation,
+            probe=self._probe,
+            held=held,
+            weighs_uploads=True,
         )
 
     def heartbeat(self) -> agent_pb2.Heartbeat:

@@ -15,7 +15,7 @@ import re
 import threading
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -51,6 +51,7 @@ REACH_S = 2.0  # a connection to a peer that takes longer counts as none
 LONGEST_REACH_S = 5.0
 REACH_PATIENCE_S = 30.0
 MOST_WANTED = 8_192
+MOST_UPLOAD_WEIGHT = 1_000
 
 _CAUSES = {
     Cause.KILLED: agent_pb2.FAILURE_KIND_KILLED,
@@ -701,6 +702,7 @@ class JobRun:
             if m.holds_state
             for rank in range(m.first_rank, m.first_rank + m.worker_count)
         ]
+        weights = _upload_weights(plan.members)
         for index, slot in self._slots.items():
             message = control.Plan(
                 generation=plan.generation,
@@ -720,6 +722,7 @@ class JobRun:
                 # Less than our own deadline: a healthy worker that waits for a dead peer says so in time.
                 timeout_s=0.8 * forming_s,
                 holders=holders,
+                upload_weights=weights,
             )
             self._cut(slot, plan, message)
             slot.planned = plan.generation
@@ -1072,6 +1075,17 @@ class JobRun:
         self._output.flush()
         if self._thread is not None:
             await asyncio.to_thread(self._thread.join, 5.0)
+
+
+def _upload_weights(members: Iterable[agent_pb2.Member]) -> list[int]:
+    """Of each rank, by the members' weights; empty if the coordinator gave none.  The same on every agent."""
+    weights: list[int] = []
+    for member in members:
+        if not 1 <= member.upload_weight <= MOST_UPLOAD_WEIGHT:
+            return []
+        each = max(1, member.upload_weight // max(1, member.worker_count))
+        weights += [each] * member.worker_count
+    return weights
 
 
 def restored(plan: agent_pb2.Plan, authority: str) -> Checkpoint | None:

@@ -11,6 +11,7 @@ import json
 import math
 import re
 from collections.abc import Collection
+from dataclasses import replace
 from typing import Any, assert_never
 
 from coordinator.blobs import DIGEST
@@ -242,6 +243,7 @@ def shard_report(request: agent_pb2.ReportShardRequest, agent_id: AgentId) -> Sh
         bytes=_whole(request.bytes, "bytes", 0) if vouches else _whole(request.bytes, "bytes", least=1),
         state_digest=state_digest(request.state_digest, "state_digest"),
         header_json=request.header_json,
+        upload_bytes_per_s=_whole(request.upload_bytes_per_s, "upload_bytes_per_s"),
     )
 
 
@@ -377,7 +379,7 @@ def hello(message: agent_pb2.Hello, agent_id: AgentId, session_id: SessionId) ->
         agent_id=agent_id,
         session_id=session_id,
         incarnation=_text(message.incarnation, "hello.incarnation", 64, least=1),
-        facts=_facts(message.probe),
+        facts=replace(_facts(message.probe), weighs_uploads=message.weighs_uploads),
         held_job=_job(message.held.job_id, "hello.held.job_id") if message.HasField("held") else None,
         held_generation=_whole(message.held.generation, "hello.held.generation"),
         torchrun_job=_text(message.torchrun_job, "hello.torchrun_job", 64),
@@ -639,6 +641,7 @@ def plan(job_id: JobId, generation: Generation, checkpoint_json: str, lineage: i
                 worker_count=member.worker_count,
                 host=member.host,
                 holds_state=member.agent_id in holders,
+                upload_weight=member.upload_weight,
             )
             for member in generation.members
         ],

@@ -121,6 +121,7 @@ def _generation(state: State, generation: Generation) -> View:
                 "first_rank": member.first_rank,
                 "worker_count": member.worker_count,
                 "host": member.host,
+                "upload_weight": member.upload_weight,
                 "formed": member.agent_id in formed,
                 "finished": member.agent_id in finished,
             }

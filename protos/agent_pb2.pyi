@@ -193,18 +193,20 @@ class Probe(_message.Message):
     def __init__(self, gpus: _Optional[_Iterable[_Union[Gpu, _Mapping]]] = ..., driver_version: _Optional[str] = ..., torch_version: _Optional[str] = ..., backends: _Optional[_Iterable[str]] = ..., cpu_count: _Optional[int] = ..., memory_bytes: _Optional[int] = ..., disk_free_bytes: _Optional[int] = ..., hostname: _Optional[str] = ..., advertise_host: _Optional[str] = ..., muster_version: _Optional[str] = ..., labels: _Optional[_Mapping[str, str]] = ..., worker_count: _Optional[int] = ...) -> None: ...
 
 class Hello(_message.Message):
-    __slots__ = ("protocol", "incarnation", "probe", "held", "torchrun_job")
+    __slots__ = ("protocol", "incarnation", "probe", "held", "torchrun_job", "weighs_uploads")
     PROTOCOL_FIELD_NUMBER: _ClassVar[int]
     INCARNATION_FIELD_NUMBER: _ClassVar[int]
     PROBE_FIELD_NUMBER: _ClassVar[int]
     HELD_FIELD_NUMBER: _ClassVar[int]
     TORCHRUN_JOB_FIELD_NUMBER: _ClassVar[int]
+    WEIGHS_UPLOADS_FIELD_NUMBER: _ClassVar[int]
     protocol: ProtocolVersion
     incarnation: str
     probe: Probe
     held: Membership
     torchrun_job: str
-    def __init__(self, protocol: _Optional[_Union[ProtocolVersion, str]] = ..., incarnation: _Optional[str] = ..., probe: _Optional[_Union[Probe, _Mapping]] = ..., held: _Optional[_Union[Membership, _Mapping]] = ..., torchrun_job: _Optional[str] = ...) -> None: ...
+    weighs_uploads: bool
+    def __init__(self, protocol: _Optional[_Union[ProtocolVersion, str]] = ..., incarnation: _Optional[str] = ..., probe: _Optional[_Union[Probe, _Mapping]] = ..., held: _Optional[_Union[Membership, _Mapping]] = ..., torchrun_job: _Optional[str] = ..., weighs_uploads: _Optional[bool] = ...) -> None: ...
 
 class Membership(_message.Message):
     __slots__ = ("job_id", "generation")
@@ -471,20 +473,22 @@ class Unassign(_message.Message):
     def __init__(self, job_id: _Optional[str] = ..., reason: _Optional[str] = ...) -> None: ...
 
 class Member(_message.Message):
-    __slots__ = ("agent_id", "group_rank", "first_rank", "worker_count", "host", "holds_state")
+    __slots__ = ("agent_id", "group_rank", "first_rank", "worker_count", "host", "holds_state", "upload_weight")
     AGENT_ID_FIELD_NUMBER: _ClassVar[int]
     GROUP_RANK_FIELD_NUMBER: _ClassVar[int]
     FIRST_RANK_FIELD_NUMBER: _ClassVar[int]
     WORKER_COUNT_FIELD_NUMBER: _ClassVar[int]
     HOST_FIELD_NUMBER: _ClassVar[int]
     HOLDS_STATE_FIELD_NUMBER: _ClassVar[int]
+    UPLOAD_WEIGHT_FIELD_NUMBER: _ClassVar[int]
     agent_id: str
     group_rank: int
     first_rank: int
     worker_count: int
     host: str
     holds_state: bool
-    def __init__(self, agent_id: _Optional[str] = ..., group_rank: _Optional[int] = ..., first_rank: _Optional[int] = ..., worker_count: _Optional[int] = ..., host: _Optional[str] = ..., holds_state: _Optional[bool] = ...) -> None: ...
+    upload_weight: int
+    def __init__(self, agent_id: _Optional[str] = ..., group_rank: _Optional[int] = ..., first_rank: _Optional[int] = ..., worker_count: _Optional[int] = ..., host: _Optional[str] = ..., holds_state: _Optional[bool] = ..., upload_weight: _Optional[int] = ...) -> None: ...
 
 class Plan(_message.Message):
     __slots__ = ("job_id", "generation", "members", "store_host", "store_port", "cut", "committed_step", "committed_digest", "from_checkpoint", "checkpoint_json", "reason", "checkpoint_before_cut", "lineage")
@@ -731,7 +735,7 @@ class GetPeerBlobRequest(_message.Message):
     def __init__(self, ticket: _Optional[_Union[BlobTicket, _Mapping]] = ..., offset: _Optional[int] = ...) -> None: ...
 
 class ReportShardRequest(_message.Message):
-    __slots__ = ("job_id", "generation", "step", "index", "count", "digest", "bytes", "state_digest", "header_json")
+    __slots__ = ("job_id", "generation", "step", "index", "count", "digest", "bytes", "state_digest", "upload_bytes_per_s", "header_json")
     JOB_ID_FIELD_NUMBER: _ClassVar[int]
     GENERATION_FIELD_NUMBER: _ClassVar[int]
     STEP_FIELD_NUMBER: _ClassVar[int]
@@ -740,6 +744,7 @@ class ReportShardRequest(_message.Message):
     DIGEST_FIELD_NUMBER: _ClassVar[int]
     BYTES_FIELD_NUMBER: _ClassVar[int]
     STATE_DIGEST_FIELD_NUMBER: _ClassVar[int]
+    UPLOAD_BYTES_PER_S_FIELD_NUMBER: _ClassVar[int]
     HEADER_JSON_FIELD_NUMBER: _ClassVar[int]
     job_id: str
     generation: int
@@ -749,8 +754,9 @@ class ReportShardRequest(_message.Message):
     digest: str
     bytes: int
     state_digest: str
+    upload_bytes_per_s: int
     header_json: str
-    def __init__(self, job_id: _Optional[str] = ..., generation: _Optional[int] = ..., step: _Optional[int] = ..., index: _Optional[int] = ..., count: _Optional[int] = ..., digest: _Optional[str] = ..., bytes: _Optional[int] = ..., state_digest: _Optional[str] = ..., header_json: _Optional[str] = ...) -> None: ...
+    def __init__(self, job_id: _Optional[str] = ..., generation: _Optional[int] = ..., step: _Optional[int] = ..., index: _Optional[int] = ..., count: _Optional[int] = ..., digest: _Optional[str] = ..., bytes: _Optional[int] = ..., state_digest: _Optional[str] = ..., upload_bytes_per_s: _Optional[int] = ..., header_json: _Optional[str] = ...) -> None: ...
 
 class ReportShardReply(_message.Message):
     __slots__ = ("committed",)

@@ -54,6 +54,8 @@ class Plan:
     timeout_s: float
     holders: list[int] = field(default_factory=list)
     """Ranks whose state counts, the others heal from one of them; empty: everybody's counts."""
+    upload_weights: list[int] = field(default_factory=list)
+    """Of each rank: it stores a part of each checkpoint in proportion to this, 1 or more; empty: equal parts."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -616,6 +616,7 @@ class ElasticGroup:
         )
         with self._bell:
             self._group = group
+            self._saver.weights = plan.upload_weights
             newer = self._plan
             dead = self._aborted >= plan.generation or (
                 newer is not None and newer.generation > plan.generation and newer.cut == "abort"

@@ -2,10 +2,10 @@
 
 Between two updates the state does not change.  A snapshot is therefore read by a thread while the next
 step already computes, and training waits only if it comes to its next update before the reading is done
-(`before_update`).  Every rank takes the shards whose index is its rank modulo the world size.
+(`before_update`).  Every rank takes its part of the shards (`division`).
 
 Host memory: a rank holds at most SLOTS snapshots of its own share, each as long as the files of those
-shards: 2 × 1.5 GB / world size for GPT-2 124M with Adam.  The memory is kept and used again, pinned on
+shards: 2 × 1.5 GB / world size for GPT-2 124M with Adam where all upload equally fast.  The memory is kept and used again, pinned on
 CUDA; a second snapshot's is only taken when one is due while the first is still being written.
 """
 
@@ -17,7 +17,7 @@ import errno
 import os
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -57,6 +57,26 @@ class _Slot:
         return self.thread is not None and self.thread.is_alive()
 
 
+def division(sizes: Sequence[int], weights: Sequence[int]) -> list[int]:
+    """Which rank stores each of the shards of these `sizes` (bytes, positive), by index.  `weights`, all
+    positive, are the ranks'.
+
+    The shards in their order are one stretch of bytes, and the ranks divide it in proportion to their weights;
+    a shard is its whose part has its middle.  So a rank's bytes are its part but for half a shard at either
+    end, and every rank comes to the same without a word: there are whole numbers only."""
+    total, whole = sum(sizes), sum(weights)
+    owners: list[int] = []
+    rank, part, start = 0, weights[0], 0
+    for size in sizes:
+        middle = 2 * start + size  # twice
+        while middle * whole > 2 * total * part:
+            rank += 1
+            part += weights[rank]
+        owners.append(rank)
+        start += size
+    return owners
+
+
 class Saver:
     """At most SLOTS checkpoints in flight.  `saved` is called on their threads, one shard after another,
     and an older checkpoint's shards before a newer one's; once without a shard where a rank has none, for
@@ -79,6 +99,9 @@ class Saver:
         self._stream: torch.cuda.Stream | None = None
         self._read: threading.Event | None = None
         self._error: OSError | None = None
+        self.weights: Sequence[int] = ()
+        """Of each rank of the generation: it takes a part of the shards in proportion to this.  Another number
+        of weights than ranks: equal parts."""
         self.newest: Snapshot | None = None
         """The last one taken here, written or not."""
 
@@ -109,6 +132,7 @@ class Saver:
         snapshot = Snapshot(
             generation=generation, step=step, count=len(self._images), state_digest="", header=header
         )
+        images = self._share(rank, world_size)
         begun: torch.cuda.Event | None = None
         if self._device is not None:
             begun = torch.cuda.Event()  # type: ignore[no-untyped-call]
@@ -116,11 +140,16 @@ class Saver:
         self.newest, self._error, self._read = snapshot, None, threading.Event()
         slot.thread = threading.Thread(
             target=self._run,
-            args=(snapshot, slot, self._images[rank::world_size], state_digest, begun, self._read, previous),
+            args=(snapshot, slot, images, state_digest, begun, self._read, previous),
             name="saver",
             daemon=True,
         )
         slot.thread.start()
+
+    def _share(self, rank: int, world_size: int) -> tuple[ShardImage, ...]:
+        weights = self.weights if len(self.weights) == world_size else [1] * world_size
+        owners = division([image.bytes for image in self._images], weights)
+        return tuple(image for image, owner in zip(self._images, owners, strict=True) if owner == rank)
 
     def before_update(self) -> None:
         """Call before tensors change: waits until the snapshot that is being taken has read them."""

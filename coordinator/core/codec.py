@@ -79,6 +79,7 @@ from coordinator.core.model import (
     Token,
     TokenCreated,
     TokenRevoked,
+    UploadMeasured,
     WaitChanged,
 )
 
@@ -412,6 +413,8 @@ def describe(record: Record) -> str:
             return f"agent {record.agent_id} is {'ready' if readiness is not None else 'not ready'}"
         case AgentIdled():
             return f"agent {record.agent_id} is idle{_because(record.reason)}"
+        case UploadMeasured():
+            return f"agent {record.agent_id} uploads {record.bytes_per_s} bytes/s"
         case WaitChanged():
             return f"job {record.job_id} waits since {record.gathered_ms or record.standby_ms or 'now'}"
         case GapSeen():

@@ -99,6 +99,7 @@ from coordinator.core.model import (
     TokenCreated,
     TokenRevokeAsked,
     TokenRevoked,
+    UploadMeasured,
     Why,
     WorkerFailedReceived,
     WrongBytesReported,
@@ -413,9 +414,18 @@ def _of_job(state: State, now_ms: int, agent: Agent, job_id: JobId, event: JobEv
         case ReleasedReceived():
             return _released(now_ms, agent, job, event)
         case ShardReported():
-            return checkpoints.report(state, job, now_ms, event)
+            return _measured(now_ms, agent, event, checkpoints.report(state, job, now_ms, event))
         case _:
             assert_never(event)
+
+
+def _measured(now_ms: int, agent: Agent, event: ShardReported, decision: Decision) -> Decision:
+    """Keep how fast the agent uploads, if it is one whose shards are wanted."""
+    rate = event.upload_bytes_per_s
+    if isinstance(decision.reply, Refused) or rate == agent.upload_bytes_per_s:
+        return decision
+    measured = UploadMeasured(at_ms=now_ms, agent_id=agent.agent_id, bytes_per_s=rate)
+    return replace(decision, records=(*decision.records, measured))
 
 
 def _ready(state: State, now_ms: int, agent: Agent, job: Job, event: ReadyReceived) -> Decision:

@@ -81,6 +81,7 @@ from coordinator.core.model import (
     StrikeCounted,
     TokenCreated,
     TokenRevoked,
+    UploadMeasured,
     WaitChanged,
     Why,
 )
@@ -355,6 +356,8 @@ def evolve(state: State, record: Record) -> None:
             _look_at_job_of(state, record.agent_id)
         case AgentIdled():
             _set(state, record.agent_id, idle_reason=record.reason, idle_unmet=record.unmet)
+        case UploadMeasured():
+            _set(state, record.agent_id, upload_bytes_per_s=record.bytes_per_s)
         case WaitChanged():
             _set_job(
                 state,

@@ -8,7 +8,7 @@ and who serves which job, is decided elsewhere.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from coordinator.core.checkpoints import MAX_STEPS_AHEAD, newest_good
@@ -36,6 +36,8 @@ from coordinator.core.model import (
 
 UPLOAD_MS = 600_000
 """The last checkpoint of leaving members is waited for so long once some of it has been stored."""
+TYPICAL_WEIGHT, MOST_WEIGHT = 100, 1_000
+"""Of a member's part of the shards: see `upload_weights`."""
 RESTORE_BYTES_PER_MS = 5_000
 """The slowest line on which a restored checkpoint is still waited for; agents reckon alike (agent/job.py)."""
 # To look a member of an enum up takes ten times as long as a name does, and a roll may be of thousands.
@@ -547,7 +549,29 @@ def _leaving(state: State, job: Job, members: tuple[AgentId, ...]) -> tuple[Agen
     return tuple(a for a in inside if a not in out and serving(state, job, a))
 
 
+def upload_weights(agents: Sequence[Agent]) -> tuple[int, ...]:
+    """What part of a checkpoint's shards each is to store: in proportion to how fast it uploads, where
+    TYPICAL_WEIGHT is the (lower) median of those that have measured it, and of who has not.
+
+    Nobody gets nothing, so everybody is measured again in time; and nobody gets more than ten times the
+    median, however fast it says it is.  All 0, for equal parts, if one could not divide so: the ranks have to
+    agree on the division without a word."""
+    if not all(agent.facts.weighs_uploads for agent in agents):
+        return (0,) * len(agents)
+    rates = sorted(agent.upload_bytes_per_s for agent in agents if agent.upload_bytes_per_s)
+    if not rates:
+        return (0,) * len(agents)
+    typical = rates[(len(rates) - 1) // 2]
+    return tuple(
+        min(max(1, TYPICAL_WEIGHT * agent.upload_bytes_per_s // typical), MOST_WEIGHT)
+        if agent.upload_bytes_per_s
+        else TYPICAL_WEIGHT
+        for agent in agents
+    )
+
+
 def _ranked(state: State, members: tuple[AgentId, ...]) -> tuple[Member, ...]:
+    weights = upload_weights([state.agents[agent_id] for agent_id in members])
     ranked: list[Member] = []
     first_rank = 0
     for group_rank, agent_id in enumerate(members):
@@ -560,6 +584,7 @@ def _ranked(state: State, members: tuple[AgentId, ...]) -> tuple[Member, ...]:
                 first_rank=first_rank,
                 worker_count=workers,
                 host=facts.advertise_host or facts.hostname,
+                upload_weight=weights[group_rank],
             )
         )
         first_rank += workers

@@ -126,6 +126,7 @@ class AgentFacts:
     muster_version: str = ""
     labels: tuple[tuple[str, str], ...] = ()
     worker_count: int = 1
+    weighs_uploads: bool = False  # its workers divide shards by `Member.upload_weight`
 
 
 class Presence(enum.Enum):
@@ -313,6 +314,7 @@ class Agent:
     activity: str = ""
     tokens_per_s: float = 0.0
     disk_free_bytes: int = 0
+    upload_bytes_per_s: int = 0  # of late, as it measured; 0 if that is not known
     held_job: JobId | None = None  # what it believed to serve when its session opened
     idle_reason: str = ""  # what it was last told when it serves no job
     idle_unmet: tuple[str, ...] = ()
@@ -336,6 +338,7 @@ VOLATILE_OF_AGENT = frozenset(
         "activity",
         "tokens_per_s",
         "disk_free_bytes",
+        "upload_bytes_per_s",
         "held_job",
         "idle_reason",
         "idle_unmet",
@@ -350,6 +353,9 @@ class Member:
     first_rank: int
     worker_count: int
     host: str
+    upload_weight: int = (
+        0  # its part of a checkpoint's shards is in proportion to this; 0: all have equal parts
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -696,6 +702,7 @@ class ShardReported:
     bytes: int
     state_digest: str
     header_json: str
+    upload_bytes_per_s: int = 0  # how fast the agent has uploaded of late; 0: not known
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -1290,6 +1297,15 @@ class AgentIdled:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class UploadMeasured:
+    """How fast an agent uploads, by its own word."""
+
+    at_ms: int
+    agent_id: AgentId
+    bytes_per_s: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class WaitChanged:
     """Bookkeeping of `gathered_ms` / `standby_ms` of a job."""
 
@@ -1359,7 +1375,14 @@ DurableRecord = (
     | PeerTrusted
 )
 VolatileRecord = (
-    LeaseRenewed | SessionEnded | AgentReadied | AgentIdled | WaitChanged | GapSeen | LeasesRefreshed
+    LeaseRenewed
+    | SessionEnded
+    | AgentReadied
+    | AgentIdled
+    | UploadMeasured
+    | WaitChanged
+    | GapSeen
+    | LeasesRefreshed
 )
 Record = DurableRecord | VolatileRecord
 

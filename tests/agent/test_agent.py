@@ -348,6 +348,35 @@ async def test_shards_are_stored_and_reported_before_finished(
     assert (shard.count, shard.header_json) == (1, '{"step":0}')
 
 
+async def test_workers_are_told_their_weights_and_the_coordinator_how_fast_they_were_stored(
+    volunteer: Volunteer, coordinator: FakeCoordinator
+) -> None:
+    await volunteer.start()
+    volunteer.assign({"shard": "w" * (2 << 20), "steps": 1})
+    members = [member("a1", 0), member("a2", 1, 2), member("a3", 3)]
+    members[2].group_rank = 2
+    for one, weight in zip(members, (100, 31, 1000), strict=True):
+        one.upload_weight = weight
+    volunteer.plan(1, await coordinator.heard("ready"), members=members)
+    await coordinator.heard("finished")
+    assert coordinator.sessions[0].hello.weighs_uploads
+    assert volunteer.told("plan")[0]["upload_weights"] == [100, 15, 15, 1000]
+    (shard,) = coordinator.shards
+    assert shard.upload_bytes_per_s > 0
+
+
+async def test_without_everybodys_weight_parts_are_equal(
+    volunteer: Volunteer, coordinator: FakeCoordinator
+) -> None:
+    await volunteer.start()
+    volunteer.assign()
+    members = [member("a1", 0), member("a2", 1)]
+    members[0].upload_weight = 100
+    volunteer.plan(1, await coordinator.heard("ready"), members=members)
+    await coordinator.heard("formed")
+    assert volunteer.told("plan")[0]["upload_weights"] == []
+
+
 async def test_a_worker_without_a_shard_is_heard_though_nothing_can_be_stored(
     volunteer: Volunteer, coordinator: FakeCoordinator
 ) -> None:

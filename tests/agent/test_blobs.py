@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 from collections.abc import AsyncIterator
@@ -7,7 +8,7 @@ from collections.abc import AsyncIterator
 import grpc.aio
 import pytest
 
-from agent.blobs import BlobCache, BlobClient, Checkpoint, Piece, dataset_pieces
+from agent.blobs import BlobCache, BlobClient, Checkpoint, Piece, UploadMeter, dataset_pieces
 from agent.errors import BlobError
 from agent.home import Home
 from protos import agent_pb2_grpc, wire
@@ -23,6 +24,32 @@ async def blobs(coordinator: FakeCoordinator, home: Home) -> AsyncIterator[BlobC
     identity = coordinator.authority.identity("a1", coordinator.address)
     async with wire.aio_channel(identity) as channel:
         yield BlobClient(lambda: agent_pb2_grpc.AgentServiceStub(channel), BlobCache(home.blobs))
+
+
+def test_the_upload_rate_counts_time_once_and_forgets() -> None:
+    now_s = 1000.0
+    meter = UploadMeter(lambda: now_s)
+    assert meter.bytes_per_s == 0
+    with meter.counted(30_000_000):
+        now_s += 1
+        with meter.counted(10_000_000):  # beside it
+            now_s += 3
+    assert meter.bytes_per_s == 10_000_000
+    with meter.counted(1000):  # says more of the latency than of the line
+        now_s += 1
+    assert meter.bytes_per_s == 10_000_000
+    with meter.counted(20_000_000):
+        now_s += 1
+    assert meter.bytes_per_s == 15_000_000
+    with contextlib.suppress(TimeoutError), meter.counted(50_000_000):
+        now_s += 1
+        raise TimeoutError
+    assert meter.bytes_per_s == 15_000_000
+    now_s += 3600
+    assert meter.bytes_per_s == 0
+    with meter.counted(4_000_000):
+        now_s += 2
+    assert meter.bytes_per_s == 2_000_000
 
 
 async def test_blob_is_fetched_once_and_verified(blobs: BlobClient, coordinator: FakeCoordinator) -> None:

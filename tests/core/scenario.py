@@ -6,7 +6,7 @@ One line is one command.  Agents, and jobs, have one-word names that are also th
     at 500                                  let time pass: deadlines come true, agents heartbeat
     job tiny min 2 max 3 last_call 500      submit (also: min_generation, step_timeout, failures, keep,
                                             every, best, priority, launch, backend)
-    agent a,b joins workers 2               enrol if new, then open a session as a new process
+    agent a,b joins workers 2 weighs yes    enrol if new, then open a session as a new process
     agent a reconnects held tiny 3          open a session as the same process
     agent a closes | beats | freezes | thaws | goodbye | leaving
     agent a accuses b                       of having served it wrong bytes
@@ -14,6 +14,7 @@ One line is one command.  Agents, and jobs, have one-word names that are also th
     agent a ready holds 7 abcd of 1         Ready, perhaps with state of a step (and digest), and for which
                                             of its assignments
     agent a formed | released | finished | steps 1 5 | fails killed | shard 5 0/2
+    agent a shard 5 0/2 at 900              it uploads so many bytes a second
     agent a vouches 5 2 [digest]            for the state of a checkpoint of 2 shards, of which it has none
                                             all take `in G` for another generation
     agent a fails collective misses b,c     it could not reach them
@@ -282,6 +283,7 @@ class Scenario:
                 facts=AgentFacts(
                     hostname=str(name),
                     worker_count=int(options.get("workers", 1)),
+                    weighs_uploads=options.get("weighs") == "yes",
                     backends=(options.get("backend", "gloo"),),
                 ),
                 held_job=JobId(held[0]) if held[0] else None,
@@ -297,6 +299,9 @@ class Scenario:
             place = rest.index("in")
             generation = int(rest[place + 1])
             rest = rest[:place] + rest[place + 2 :]
+        rate = 0
+        if "at" in rest:
+            rate, rest = int(rest[-1]), rest[:-2]
         same = {"agent_id": name, "job_id": job.job_id, "generation": generation}
         match verb:
             case "ready":
@@ -353,6 +358,7 @@ class Scenario:
                     bytes=100,
                     state_digest=rest[2] if len(rest) > 2 else f"d{rest[0]}",
                     header_json="{}",
+                    upload_bytes_per_s=rate,
                 )
             case "vouches":
                 return ShardReported(
@@ -364,6 +370,7 @@ class Scenario:
                     bytes=0,
                     state_digest=rest[2] if len(rest) > 2 else f"d{rest[0]}",
                     header_json="{}",
+                    upload_bytes_per_s=rate,
                 )
             case _:
                 raise ValueError(f"unknown verb {verb}")
@@ -535,6 +542,7 @@ def _facets(generation: Generation) -> list[str]:
         facets.append("checkpoint_before_cut")
     facets.append(f"leaving={_text(generation.leaving)}")
     facets.append(f"holders={_text(generation.holders)}")
+    facets.append(f"weights={','.join(str(m.upload_weight) for m in generation.members)}")
     facets.append(f"ranks={','.join(str(m.first_rank) for m in generation.members)}")
     return facets
 

@@ -248,6 +248,7 @@ class Fleet:
         checkpoint_before_cut: bool = False,
         timeout_s: float = 30.0,
         port: int | None = None,
+        upload_weights: Sequence[int] = (),
     ) -> int:
         """Hand a new plan to members, in rank order, and to the released; return its generation."""
         self.generation += 1
@@ -272,6 +273,7 @@ class Fleet:
                     release=worker in released,
                     checkpoint_before_cut=checkpoint_before_cut,
                     timeout_s=timeout_s,
+                    upload_weights=list(upload_weights),
                 )
             )
         return self.generation

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from trainer import control
 from trainer.checkpoint import CheckpointDirectory, ShardFile, make_manifest
 from trainer.config import parse_config
 from trainer.data import TokenDataset
+from trainer.saving import division
 
 REJOIN_CYCLES = int(os.environ.get("MUSTER_REJOIN_CYCLES", "20"))
 
@@ -106,6 +107,15 @@ def counts(worker: Worker) -> tuple[int, int]:
     return len(list((process / "task").iterdir())), len(list((process / "fd").iterdir()))
 
 
+def divided(workers: Sequence[Worker], found: Sequence[Collection[int]], weights: Sequence[int]) -> bool:
+    """Whether the workers, in the order of their ranks, have stored just their parts of the shards."""
+    sizes = {s.index: s.bytes for worker in workers for s in worker.all(control.Shard)}
+    owners = division([sizes[index] for index in range(len(sizes))], weights)
+    return [set(part) for part in found] == [
+        {index for index, owner in enumerate(owners) if owner == rank} for rank in range(len(workers))
+    ]
+
+
 def test_who_is_left_takes_over_the_shards_of_a_checkpoint(
     tmp_path: Path, data: Path, device: str, fleets: list[Fleet]
 ) -> None:
@@ -121,17 +131,19 @@ def test_who_is_left_takes_over_the_shards_of_a_checkpoint(
         found = [s for s in worker.all(control.Shard) if (s.generation, s.step) == (generation, 2)]
         return {shard.index: shard.digest for shard in found}
 
-    def count() -> int:
-        return next(shard.count for shard in a.all(control.Shard))
+    def whole(members: Sequence[Worker], generation: int) -> bool:
+        found = {index for worker in members for index in shards(worker, generation)}
+        return bool(found) and len(found) == a.all(control.Shard)[0].count
 
     fleet.form([a, b, c], source="fresh")
-    fleet.wait(lambda: shards(a, 1) and len(shards(a, 1)) == len(range(0, count(), 3)), "a's own shards")
+    fleet.wait(lambda: whole((a, b, c), 1), "every shard of step 2, though c's are with c alone")
     c.kill()
+    assert divided([a, b, c], [shards(w, 1) for w in (a, b, c)], [1, 1, 1])
     stored = {digest: (a.cache / "blobs" / digest).stat().st_ino for digest in shards(a, 1).values()}
-    (formed, _) = fleet.form([a, b])
+    (formed, _) = fleet.form([a, b], upload_weights=[1, 3])
     assert formed.step == 2
-    fleet.wait(lambda: len({**shards(a, 2), **shards(b, 2)}) == count(), "every shard of step 2")
-    assert set(shards(a, 2)) == set(range(0, count(), 2))
+    fleet.wait(lambda: whole((a, b), 2), "every shard of step 2")
+    assert divided([a, b], [shards(w, 2) for w in (a, b)], [1, 3])
     both = {**shards(a, 2), **shards(b, 2)}
     assert {index: both[index] for index in shards(a, 1)} == shards(a, 1), "it is the same checkpoint"
     assert {digest: (a.cache / "blobs" / digest).stat().st_ino for digest in stored} == stored
@@ -342,7 +354,9 @@ def test_a_generation_that_cannot_form_in_time_is_reported_and_the_next_one_form
 
 def collect_manifest(workers: Sequence[Worker], step: int) -> None:
     """What coordinator and agents do: commit the checkpoint of `step` and give it to every cache."""
-    shards = {s.index: s for worker in workers for s in worker.all(control.Shard) if s.step == step}
+    shards = {
+        s.index: s for worker in workers for s in worker.all(control.Shard) if s.step == step and s.digest
+    }
     first = shards[0]
     manifest = make_manifest(
         job="test",
@@ -362,7 +376,9 @@ def collect_manifest(workers: Sequence[Worker], step: int) -> None:
 
 
 def has_checkpoint(workers: Sequence[Worker], step: int) -> bool:
-    shards = {s.index: s for worker in workers for s in worker.all(control.Shard) if s.step == step}
+    shards = {
+        s.index: s for worker in workers for s in worker.all(control.Shard) if s.step == step and s.digest
+    }
     return bool(shards) and len(shards) == next(iter(shards.values())).count
 
 
@@ -378,7 +394,8 @@ def test_a_checkpoint_on_request_is_taken_at_one_step_and_restored_at_another_wo
     fleet.wait(lambda: has_checkpoint(workers, step), "all shards")
     shards = [shard for worker in workers for shard in worker.all(control.Shard)]
     assert len({(s.state_digest, s.count, json.dumps(s.header)) for s in shards}) == 1
-    assert {s.index % 2 for s in workers[0].all(control.Shard)} == {0}
+    parts = [{s.index for s in worker.all(control.Shard)} for worker in workers]
+    assert divided(workers, parts, [1, 1])
     collect_manifest(workers, step)
     for worker in workers:
         worker.kill()

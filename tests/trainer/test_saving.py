@@ -22,7 +22,7 @@ from trainer.checkpoint import (
     layout,
     make_manifest,
 )
-from trainer.saving import SLOTS, Saver, Snapshot
+from trainer.saving import SLOTS, Saver, Snapshot, division
 from trainer.state import digest
 
 SHARD_BYTES = 4096
@@ -138,6 +138,38 @@ def test_a_rank_without_a_shard_says_once_what_the_states_digest_is(tmp_path: Pa
     [shards] = {snapshot.count for snapshot, _ in run.shards}
     assert 0 < shards == len(run.shards) < 12
     assert [word.state_digest for word in run.words] == [digest(state(1))] * (12 - shards)
+
+
+@given(
+    sizes=st.lists(st.integers(1, 2**36), min_size=1, max_size=60),
+    weights=st.lists(st.integers(1, 1000), min_size=1, max_size=20),
+)
+def test_every_shard_has_one_rank_and_every_rank_its_part_but_for_one_shard(
+    sizes: list[int], weights: list[int]
+) -> None:
+    owners = division(sizes, weights)
+    assert len(owners) == len(sizes)
+    assert owners == sorted(owners), "each rank's shards follow each other"
+    assert owners == division(tuple(sizes), tuple(weights))
+    for rank, weight in enumerate(weights):
+        stored = sum(size for size, owner in zip(sizes, owners, strict=True) if owner == rank)
+        # |stored - part| is at most the largest shard, in whole numbers
+        assert abs(stored * sum(weights) - weight * sum(sizes)) <= max(sizes) * sum(weights)
+    assert set(owners) <= set(range(len(weights)))
+
+
+def test_ranks_store_shards_in_proportion_to_their_weights(tmp_path: Path) -> None:
+    run = Run(tmp_path, world_size=2)
+    for saver in run.savers:
+        saver.weights = [1, 4]
+    run.take(1)
+    run.wait()
+    sizes = [shard.bytes for _, shard in sorted(run.shards, key=lambda found: found[1].index)]
+    owners = division(sizes, [1, 4])
+    assert (owners.count(0), owners.count(1)) == (2, 8)
+    assert same(run.restored(1), state(1))
+    stored = sum(size for size, owner in zip(sizes, owners, strict=True) if owner == 0)
+    assert len(run.savers[0]._slots[0].memory) <= stored + 64 * 2  # type: ignore[arg-type]
 
 
 def test_training_waits_for_the_snapshot_to_be_read_and_not_for_it_to_be_written(tmp_path: Path) -> None:
