@@ -133,7 +133,8 @@ def test_who_is_left_takes_over_the_shards_of_a_checkpoint(
 
     def whole(members: Sequence[Worker], generation: int) -> bool:
         found = {index for worker in members for index in shards(worker, generation)}
-        return bool(found) and len(found) == a.all(control.Shard)[0].count
+        counts = {shard.count for worker in members for shard in worker.all(control.Shard)}
+        return bool(found) and {len(found)} == counts
 
     fleet.form([a, b, c], source="fresh")
     fleet.wait(lambda: whole((a, b, c), 1), "every shard of step 2, though c's are with c alone")
