@@ -496,7 +496,7 @@ class JobRun:
                 self._failed(slot, message)
             case control.Released():
                 slot.confirmed = max(slot.confirmed, message.generation)
-                if message.generation >= self._released:
+                if message.generation >= max(slot.planned, self._released):
                     slot.planned = 0
                 self._check_released()
             case control.Finished():

@@ -174,6 +174,23 @@ async def test_released_leader_hands_in_its_steps_before_it_says_so(pair: Callab
     assert (await both.says("released")).generation == 2
 
 
+async def test_a_release_that_crossed_the_next_plan_is_not_taken_for_the_next_release(
+    pair: Callable[..., Pair],
+) -> None:
+    """Found by simulation, seed 49: the agent said that it was out while its workers still trained, so that
+    they took no last checkpoint, and the job waited for their shards."""
+    both = pair()
+    both.plan(1, await both.says("ready"))
+    await both.says("formed")
+    ready = await both.says("ready", 2)
+    both.job.plan(agent_pb2.Plan(job_id="j1", generation=2, cut=agent_pb2.CUT_AFTER_STEP))
+    both.plan(3, ready)  # before the workers can say that they are out
+    assert (await both.says("formed", 2)).generation == 3
+    both.job.plan(agent_pb2.Plan(job_id="j1", generation=4, cut=agent_pb2.CUT_AFTER_STEP))
+    assert (await both.says("released")).generation == 4
+    assert sorted(plan["slot"] for plan in both.told("plan") if plan["generation"] == 4) == [0, 1]
+
+
 @pytest.mark.parametrize(
     ("value", "seconds"), [("250ms", 0.25), ("5s", 5.0), ("2m", 120.0), (7, 7.0), (None, 300.0)]
 )
