@@ -45,6 +45,8 @@ class TimingOverrides(Section):
     quarantine_base: DurationMs | None = Field(default=None, ge=1, le=86_400_000)
     quarantine_max: DurationMs | None = Field(default=None, ge=1, le=604_800_000)
     forgive: DurationMs | None = Field(default=None, ge=1, le=604_800_000)
+    prepare_timeout: DurationMs | None = Field(default=None, ge=1_000, le=604_800_000)
+    """An agent that was given a job and neither gets ready nor fetches anything for so long loses its place."""
 
 
 class Certificates(Section):
@@ -185,6 +187,7 @@ class CoordinatorConfig(Section):
             quarantine_base_ms=chosen(over.quarantine_base, derived.quarantine_base_ms),
             quarantine_max_ms=chosen(over.quarantine_max, derived.quarantine_max_ms),
             forgive_ms=chosen(over.forgive, derived.forgive_ms),
+            prepare_timeout_ms=chosen(over.prepare_timeout, derived.prepare_timeout_ms),
         )
 
     @model_validator(mode="after")
@@ -204,6 +207,12 @@ class CoordinatorConfig(Section):
             raise ValueError(
                 f"timing.rebuild_timeout is {timing.rebuild_timeout_ms} ms but must not be less than "
                 f"timing.heartbeat ({timing.heartbeat_ms} ms); raise it"
+            )
+        if timing.prepare_timeout_ms < max(timing.lease_ms, timing.rebuild_timeout_ms):
+            raise ValueError(
+                f"timing.prepare_timeout is {timing.prepare_timeout_ms} ms but must not be less than lease "
+                f"({timing.lease_ms} ms) and timing.rebuild_timeout ({timing.rebuild_timeout_ms} ms): an agent that was "
+                "in a generation prepares anew; raise it"
             )
         if timing.quarantine_base_ms > timing.quarantine_max_ms:
             raise ValueError(

@@ -434,6 +434,7 @@ def heartbeat(message: agent_pb2.Heartbeat, agent_id: AgentId, session_id: Sessi
         activity=_text(message.activity, "heartbeat.activity", 32),
         tokens_per_s=_finite(message.tokens_per_s, "heartbeat.tokens_per_s"),
         disk_free_bytes=_whole(message.disk_free_bytes, "heartbeat.disk_free_bytes"),
+        fetched_bytes=fetching(message)[0],
     )
 
 

@@ -13,7 +13,7 @@ from typing import Any
 from coordinator.caches import Cache
 from coordinator.core import checkpoints
 from coordinator.core.forming import why
-from coordinator.core.matching import unmet
+from coordinator.core.matching import obstacles
 from coordinator.core.model import (
     ENDED,
     Agent,
@@ -236,7 +236,8 @@ def agent(state: State, one: Agent, now_ms: int, cache: Cache | None = None) -> 
         "lends_cache": cache is not None and cache.port > 0,
         "served_wrong_bytes_to": list(one.accusers),
         "torchrun_job": one.torchrun_job or None,
-        "unmet": {each.spec.name: missing for each in live if (missing := list(unmet(each.spec, one)))},
+        "unmet": {each.spec.name: found for each in live if (found := list(obstacles(each, one)))},
+        "kept_from": [{"job": job_id, "until_unix_ms": until_ms} for job_id, until_ms in one.kept_from],
         "facts": {
             "gpus": [
                 {

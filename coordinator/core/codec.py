@@ -64,6 +64,8 @@ from coordinator.core.model import (
     PeerAccused,
     PeerTrusted,
     PendingDropped,
+    PreparationForgiven,
+    PreparationGivenUp,
     Record,
     SessionEnded,
     ShardRecorded,
@@ -405,6 +407,13 @@ def describe(record: Record) -> str:
             return f"agent {record.agent_id} served agent {record.by} wrong bytes for blob {record.digest}"
         case PeerTrusted():
             return f"agent {record.agent_id} may be asked for blobs again"
+        case PreparationGivenUp():
+            return (
+                f"agent {record.agent_id} did not get ready for job {record.job_id} in time: it is not given to it "
+                f"again until {record.until_ms}"
+            )
+        case PreparationForgiven():
+            return f"agent {record.agent_id} may be given to job {record.job_id} again"
         case LeaseRenewed():
             return f"agent {record.agent_id} renewed its lease"
         case SessionEnded():

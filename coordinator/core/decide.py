@@ -72,6 +72,7 @@ from coordinator.core.model import (
     MemberReleased,
     PeerAccused,
     PeerTrusted,
+    PreparationForgiven,
     Presence,
     ProgressAccepted,
     ProgressReceived,
@@ -370,6 +371,7 @@ def _heartbeat(state: State, now_ms: int, agent: Agent, event: HeartbeatReceived
         activity=event.activity,
         tokens_per_s=event.tokens_per_s,
         disk_free_bytes=event.disk_free_bytes,
+        fetched_bytes=event.fetched_bytes,
     )
     if agent.presence is Presence.LOST:
         return _accept(renewed, AgentReturned(at_ms=now_ms, agent_id=agent.agent_id))
@@ -1015,6 +1017,8 @@ def _release(now_ms: int, agent: Agent, reason: str) -> list[Record]:
         records.append(AgentDraining(at_ms=now_ms, agent_id=agent.agent_id, draining=False, reason=reason))
     if agent.accusers:
         records.append(PeerTrusted(at_ms=now_ms, agent_id=agent.agent_id))
+    for job_id, _ in agent.kept_from:
+        records.append(PreparationForgiven(at_ms=now_ms, agent_id=agent.agent_id, job_id=job_id))
     return records
 
 

@@ -64,6 +64,8 @@ from coordinator.core.model import (
     PeerTrusted,
     PendingCheckpoint,
     PendingDropped,
+    PreparationForgiven,
+    PreparationGivenUp,
     Presence,
     Record,
     Rollback,
@@ -118,11 +120,22 @@ def evolve(state: State, record: Record) -> None:
         case AgentArrived():
             _arrive(state, record)
         case AgentReturned():
-            _presence(state, record.agent_id, Presence.READY, record.at_ms)
+            progress_ms = _absence_left_out(state.agents[record.agent_id], record.at_ms)
+            _presence(state, record.agent_id, Presence.READY, record.at_ms, progress_ms=progress_ms)
         case AgentSuspected():
             _presence(state, record.agent_id, Presence.SUSPECT, record.at_ms)
         case AgentLost():
-            _presence(state, record.agent_id, Presence.LOST, record.at_ms, readiness=None)
+            agent = state.agents[record.agent_id]
+            prepared = agent.readiness is not None or agent.last_generation > 0
+            _presence(
+                state,
+                record.agent_id,
+                Presence.LOST,
+                record.at_ms,
+                readiness=None,
+                progress_ms=record.at_ms if prepared else agent.progress_ms,
+                fetched_bytes=0 if prepared else agent.fetched_bytes,
+            )
             state.agenda.slots = True
         case AgentLeft():
             agent = state.agents[record.agent_id]
@@ -167,6 +180,15 @@ def evolve(state: State, record: Record) -> None:
             _set(state, record.agent_id, accusers=(*accusers, record.by))
         case PeerTrusted():
             _set(state, record.agent_id, accusers=())
+        case PreparationGivenUp():
+            kept_from = state.agents[record.agent_id].kept_from
+            _set(state, record.agent_id, kept_from=(*kept_from, (record.job_id, record.until_ms)))
+            state.agenda.agents[record.agent_id] = None
+        case PreparationForgiven():
+            kept_from = state.agents[record.agent_id].kept_from
+            kept_from = tuple(each for each in kept_from if each[0] != record.job_id)
+            _set(state, record.agent_id, kept_from=kept_from)
+            state.agenda.agents[record.agent_id] = None
         case AgentAssigned():
             _assign(state, record)
         case AgentUnassigned():
@@ -222,7 +244,9 @@ def evolve(state: State, record: Record) -> None:
                     holders=_without(generation.holders, record.agent_id),
                 ),
             )
-            _set_and_look(state, record.agent_id, last_generation=0)
+            _set_and_look(
+                state, record.agent_id, last_generation=0, progress_ms=record.at_ms, fetched_bytes=0
+            )
         case MemberLost():
             job, generation = _generation(state, record.job_id)
             _set_generation(
@@ -235,7 +259,8 @@ def evolve(state: State, record: Record) -> None:
                     holders=_without(generation.holders, record.agent_id),
                 ),
             )
-            _set(state, record.agent_id, readiness=None, failed_generation=record.generation)
+            _set(state, record.agent_id, failed_generation=record.generation)
+            _prepare_anew(state, record.agent_id, record.at_ms)
         case CollectiveFailed() | StatesDiffered():
             job, generation = _generation(state, record.job_id)
             first_ms = generation.collective_failed_ms
@@ -349,10 +374,20 @@ def evolve(state: State, record: Record) -> None:
                 tokens_per_s=record.tokens_per_s,
                 disk_free_bytes=record.disk_free_bytes,
             )
+            if record.fetched_bytes > state.agents[record.agent_id].fetched_bytes:
+                _set(
+                    state,
+                    record.agent_id,
+                    fetched_bytes=record.fetched_bytes,
+                    progress_ms=record.at_ms,
+                )
         case SessionEnded():
             _set_and_look(state, record.agent_id, session_id=None, session_closed_ms=record.at_ms)
         case AgentReadied():
-            _set(state, record.agent_id, readiness=record.readiness)
+            if record.readiness is not None:
+                _set(state, record.agent_id, readiness=record.readiness)
+            elif state.agents[record.agent_id].readiness is not None:
+                _prepare_anew(state, record.agent_id, record.at_ms)
             _look_at_job_of(state, record.agent_id)
         case AgentIdled():
             _set(state, record.agent_id, idle_reason=record.reason, idle_unmet=record.unmet)
@@ -471,12 +506,24 @@ def _arrive(state: State, record: AgentArrived) -> None:
         facts=record.facts,
         torchrun_job=record.torchrun_job,
         lease_until_ms=record.at_ms + state.timing.lease_ms,
+        progress_ms=_absence_left_out(agent, record.at_ms),
         disk_free_bytes=record.facts.disk_free_bytes,
         held_job=record.held_job,
         idle_reason="",
         idle_unmet=(),
         **changes,
     )
+
+
+def _absence_left_out(agent: Agent, at_ms: int) -> int:
+    """`progress_ms` of an agent that comes (back): while it was lost its preparation stood still."""
+    away_ms = at_ms - agent.presence_since_ms if agent.presence is Presence.LOST else 0
+    return agent.progress_ms + away_ms
+
+
+def _prepare_anew(state: State, agent_id: AgentId, at_ms: int) -> None:
+    _set(state, agent_id, readiness=None, progress_ms=at_ms, fetched_bytes=0)
+    state.agenda.agents[agent_id] = None
 
 
 def _forget_upload(state: State, agent: Agent) -> None:
@@ -514,6 +561,8 @@ def _assign(state: State, record: AgentAssigned) -> None:
         last_generation=0,
         failed_generation=0,
         readiness=None,
+        progress_ms=record.at_ms,
+        fetched_bytes=0,
         idle_reason="",
         idle_unmet=(),
     )
@@ -693,6 +742,9 @@ def _roll_back(state: State, record: JobRolledBack) -> None:
     if generation is not None:
         inside = (*(member.agent_id for member in generation.members), *generation.leaving)
         out = tuple(a for a in inside if a not in generation.gone)
+        for agent_id in out:
+            _set(state, agent_id, progress_ms=record.at_ms, fetched_bytes=0)
+            state.agenda.agents[agent_id] = None
         generation = replace(
             generation,
             gone=(*generation.gone, *out),
@@ -763,6 +815,7 @@ def _refresh(state: State, record: LeasesRefreshed) -> None:
             session_closed_ms=None,
             readiness=None,
             lease_until_ms=until_ms.get(agent_id, 0),
+            progress_ms=record.at_ms,
             idle_reason="",
             idle_unmet=(),
         )

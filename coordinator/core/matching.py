@@ -30,6 +30,7 @@ WANTING = frozenset({JobPhase.QUEUED, JobPhase.GATHERING, JobPhase.RUNNING, JobP
 # To look a member of an enum up takes ten times as long as a name does, and all agents are asked.
 _READY, _SUSPECT, _ELIGIBLE = Presence.READY, Presence.SUSPECT, Standing.ELIGIBLE
 
+TOO_SLOW = "it did not get ready in time; it may try again when it has cooled down"
 _VERSION = re.compile(r"(\d+)\.(\d+)")
 
 
@@ -68,6 +69,14 @@ def unmet(spec: JobSpec, agent: Agent) -> tuple[str, ...]:
     if spec.launch == "torchrun" and not agent.torchrun_job:
         missing.append("a torchrun session for this job is required; found muster-agent")
     return tuple(missing)
+
+
+def obstacles(job: Job, agent: Agent) -> tuple[str, ...]:
+    """What keeps the agent from the job, as sentences: unmet requirements, or that it was too slow before."""
+    missing = unmet(job.spec, agent)
+    if any(job_id == job.job_id for job_id, _ in agent.kept_from):
+        missing = (*missing, TOO_SLOW)
+    return missing
 
 
 def idle(agent: Agent) -> bool:
@@ -154,7 +163,7 @@ def serves(job: Job, agent: Agent) -> bool:
         job.spec.launch != "torchrun" or agent.torchrun_job not in (job.job_id, job.spec.name)
     ):
         return False
-    return not unmet(job.spec, agent)
+    return not obstacles(job, agent)
 
 
 def _best(open_jobs: list[Job], taken: dict[JobId, int], agent: Agent) -> Job | None:
@@ -218,13 +227,17 @@ def _why_idle(jobs: list[Job], taken: dict[JobId, int], agent: Agent) -> tuple[s
     if agent.torchrun_job:
         return f"no live torchrun job has the id or name {agent.torchrun_job}, or it has enough agents", ()
     missing: list[str] = []
+    lacking = False
     for job in jobs:
-        sentences = unmet(job.spec, agent)
+        sentences = obstacles(job, agent)
         if not sentences:
             return "every job whose requirements it meets has enough agents", ()
+        lacking = lacking or sentences != (TOO_SLOW,)
         missing += [f"job {job.spec.name}: {sentence}" for sentence in sentences]
-    if missing:
+    if lacking:
         return "it does not meet the requirements of any job", tuple(missing)
+    if missing:
+        return "it did not get ready in time, and cools down", tuple(missing)
     return "no job wants agents", ()
 
 

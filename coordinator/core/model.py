@@ -36,6 +36,9 @@ class Timing:
     quarantine_max_ms: int
     forgive_ms: int
     """An agent without a strike for this long has one strike forgiven."""
+    prepare_timeout_ms: int = 1_800_000
+    """An assigned agent that neither gets ready nor fetches anything for so long is given up, and not given
+    to the same job again for as long."""
 
     @property
     def witness_ms(self) -> int:
@@ -301,6 +304,7 @@ class Agent:
     last_strike_ms: int = 0
     dissents: int = 0  # how often its state was not that of its peers when a checkpoint was taken
     accusers: tuple[AgentId, ...] = ()  # to whom it served wrong bytes, by their word; at most MOST_ACCUSERS
+    kept_from: tuple[tuple[JobId, int], ...] = ()  # jobs it was not ready for in time, each until when
     last_generation: int = 0  # newest generation of `job_id` that it was planned into and not released from
     failed_generation: int = (
         0  # newest one of `job_id` that its worker's end cost it: a repeated report is told
@@ -315,6 +319,8 @@ class Agent:
     tokens_per_s: float = 0.0
     disk_free_bytes: int = 0
     upload_bytes_per_s: int = 0  # of late, as it measured; 0 if that is not known
+    progress_ms: int = 0  # when it last got on with its preparation, or began it
+    fetched_bytes: int = 0  # the most that it said to have fetched since then
     held_job: JobId | None = None  # what it believed to serve when its session opened
     idle_reason: str = ""  # what it was last told when it serves no job
     idle_unmet: tuple[str, ...] = ()
@@ -339,6 +345,8 @@ VOLATILE_OF_AGENT = frozenset(
         "tokens_per_s",
         "disk_free_bytes",
         "upload_bytes_per_s",
+        "progress_ms",
+        "fetched_bytes",
         "held_job",
         "idle_reason",
         "idle_unmet",
@@ -602,6 +610,8 @@ class HeartbeatReceived:
     activity: str
     tokens_per_s: float
     disk_free_bytes: int
+    fetched_bytes: int = 0
+    """Of the dataset or checkpoint that it is fetching."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -979,6 +989,25 @@ class AgentUnassigned:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class PreparationGivenUp:
+    """The agent did not get ready for the job in time, and is not given to it again before `until_ms`."""
+
+    at_ms: int
+    agent_id: AgentId
+    job_id: JobId
+    until_ms: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PreparationForgiven:
+    """The agent may be given to the job again."""
+
+    at_ms: int
+    agent_id: AgentId
+    job_id: JobId
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class JobAdmitted:
     at_ms: int
     job_id: JobId
@@ -1271,6 +1300,7 @@ class LeaseRenewed:
     activity: str
     tokens_per_s: float
     disk_free_bytes: int
+    fetched_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -1373,6 +1403,8 @@ DurableRecord = (
     | CheckpointWanted
     | PeerAccused
     | PeerTrusted
+    | PreparationGivenUp
+    | PreparationForgiven
 )
 VolatileRecord = (
     LeaseRenewed

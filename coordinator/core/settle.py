@@ -24,6 +24,8 @@ from coordinator.core.model import (
     JobPhase,
     JobPhaseChanged,
     MemberLost,
+    PreparationForgiven,
+    PreparationGivenUp,
     Presence,
     Record,
     Standing,
@@ -120,7 +122,8 @@ def _note(state: State, kind: str, key: str, at_ms: int | None) -> None:
 
 
 def _agent_deadline(state: State, agent: Agent) -> int | None:
-    candidates: list[int | None] = [strikes.deadline(state, agent)]
+    candidates: list[int | None] = [strikes.deadline(state, agent), _prepared_by(state, agent)]
+    candidates += [until_ms for _, until_ms in agent.kept_from]
     if agent.presence is _READY or agent.presence is _SUSPECT:
         candidates.append(agent.lease_until_ms)
         candidates.append(_grace_ends(state, agent))
@@ -135,6 +138,33 @@ def _grace_ends(state: State, agent: Agent) -> int | None:
     return agent.session_closed_ms + state.timing.grace_ms
 
 
+def _prepared_by(state: State, agent: Agent) -> int | None:
+    """When an agent that its job waits for is given up; None if it is ready, in a generation or away."""
+    if agent.job_id is None or agent.readiness is not None or agent.session_id is None:
+        return None
+    if agent.presence is not _READY or not matching.counts(agent):
+        return None
+    job = state.jobs[agent.job_id]
+    since_ms = agent.progress_ms
+    if agent.last_generation > 0 and job.generation is not None:
+        if agent.agent_id in forming.roll(state, job).inside:
+            return None
+        since_ms = max(since_ms, job.generation.planned_ms)
+    return since_ms + state.timing.prepare_timeout_ms
+
+
+def _give_up(state: State, agent: Agent, job_id: JobId, now_ms: int) -> tuple[Record, ...]:
+    """It keeps a place, and standbys wait behind it.  It may serve other jobs meanwhile."""
+    patience_ms = state.timing.prepare_timeout_ms
+    reason = f"it neither got ready nor fetched anything for {patience_ms / 1000:g} s"
+    return (
+        PreparationGivenUp(
+            at_ms=now_ms, agent_id=agent.agent_id, job_id=job_id, until_ms=now_ms + patience_ms
+        ),
+        _unassign(state.jobs[job_id], agent.agent_id, reason, now_ms),
+    )
+
+
 def _settle_agent(state: State, agent: Agent, now_ms: int) -> tuple[Record, ...]:
     agent_id = agent.agent_id
     if agent.presence is _READY or agent.presence is _SUSPECT:
@@ -147,6 +177,12 @@ def _settle_agent(state: State, agent: Agent, now_ms: int) -> tuple[Record, ...]
         if grace_ends is not None and now_ms >= grace_ends:
             evidence = (Evidence.SESSION_CLOSED,)
             return (AgentLost(at_ms=now_ms, agent_id=agent_id, evidence=evidence, striked=False),)
+    prepared_by_ms = _prepared_by(state, agent)
+    if agent.job_id is not None and prepared_by_ms is not None and now_ms >= prepared_by_ms:
+        return _give_up(state, agent, agent.job_id, now_ms)
+    for job_id, until_ms in agent.kept_from:
+        if now_ms >= until_ms:
+            return (PreparationForgiven(at_ms=now_ms, agent_id=agent_id, job_id=job_id),)
     until_ms = agent.quarantined_until_ms
     if agent.standing is _QUARANTINED and until_ms is not None and now_ms >= until_ms:
         return (

@@ -68,6 +68,10 @@ def test_the_whole_budget_follows_from_the_lease(tmp_path: Path) -> None:
         ),
         ("lease: 2s\ntiming: {grace: 3s}", "timing.grace is 3000 ms but must not exceed lease"),
         ("timing: {rebuild_timeout: 600ms}", "timing.rebuild_timeout is 600 ms but must not be less than"),
+        (
+            "timing: {prepare_timeout: 15s}",
+            "timing.prepare_timeout is 15000 ms but must not be less than lease",
+        ),
         ("timing: {quarantine_base: 2h}", "timing.quarantine_base is 7200000 ms but must not exceed"),
         ("lease: 10 parsecs", "lease: found '10 parsecs'; expected a duration"),
         ("leese: 10s", "leese: unknown key; did you mean 'lease'?"),

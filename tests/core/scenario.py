@@ -9,6 +9,7 @@ One line is one command.  Agents, and jobs, have one-word names that are also th
     agent a,b joins workers 2 weighs yes    enrol if new, then open a session as a new process
     agent a reconnects held tiny 3          open a session as the same process
     agent a closes | beats | freezes | thaws | goodbye | leaving
+    agent a fetches 1000                    a heartbeat that says how many bytes have come
     agent a accuses b                       of having served it wrong bytes
     agent a uploads wrong                   other bytes than it promised
     agent a ready holds 7 abcd of 1         Ready, perhaps with state of a step (and digest), and for which
@@ -186,7 +187,7 @@ class Scenario:
                 self.beat(beat[1])
         self.now_ms = until_ms
 
-    def beat(self, name: AgentId) -> None:
+    def beat(self, name: AgentId, fetched_bytes: int = 0) -> None:
         agent = self.state.agents[name]
         assert agent.session_id is not None
         self.beaten_ms[name] = self.now_ms
@@ -198,6 +199,7 @@ class Scenario:
                 activity="",
                 tokens_per_s=0.0,
                 disk_free_bytes=0,
+                fetched_bytes=fetched_bytes,
             )
         )
 
@@ -253,6 +255,8 @@ class Scenario:
                 self.happen(SessionClosed(agent_id=name, session_id=session_id))
             case "beats":
                 self.beat(name)
+            case "fetches":
+                self.beat(name, int(rest[0]))
             case "freezes":
                 self.frozen.add(name)
             case "thaws":

@@ -88,6 +88,9 @@ class Machine:
         self.slow_ms = 0
         self.prepare_fails = 0
         self.full = 0  # its disk, so many times over
+        self.hangs = 0  # workers do not get warm, for so many reasons
+        self.fetches = False  # while it hangs
+        self.fetched_bytes = 0
         self.shunned = False  # nobody starts it again
         self.next_port = 0
         self.sessions: list[Session] = []  # also those that its agent gave up and the coordinator has not
@@ -289,7 +292,10 @@ class Process:
         mark = self._sent
         session.up(
             Beat(
-                step=job.step if job is not None else 0, activity="idle" if job is None else "busy", mark=mark
+                step=job.step if job is not None else 0,
+                activity="idle" if job is None else "busy",
+                mark=mark,
+                fetched_bytes=self.machine.fetched_bytes,
             )
         )
         self.timer(self.fleet.timing.heartbeat_ms, self._beat, session)
@@ -579,6 +585,11 @@ class JobRun:
             self._spawn(slot)
 
     def _spawn(self, slot: int) -> None:
+        machine = self.process.machine
+        if machine.hangs:
+            machine.fetched_bytes += machine.fetches
+            self._after(1_000, self._spawn, slot)
+            return
         worker = Worker(self, slot)
         self.slots[slot] = Slot(worker=worker)
         worker.later(self.world.between(*self.fleet.settings.warm_ms), worker.become_warm)
@@ -642,7 +653,7 @@ class JobRun:
                 self._failed(slot, message)
             case control.Released():
                 slot.confirmed = max(slot.confirmed, message.generation)
-                if message.generation >= self._released:
+                if message.generation >= max(slot.planned, self._released):
                     slot.planned = 0
                 self._check_released()
             case control.Finished():

@@ -64,6 +64,7 @@ class Beat:
     step: int
     activity: str
     mark: int
+    fetched_bytes: int = 0
 
 
 @dataclass(slots=True, kw_only=True)
@@ -408,6 +409,7 @@ class Coordinator:
                     activity=message.activity,
                     tokens_per_s=0.0,
                     disk_free_bytes=0,
+                    fetched_bytes=message.fetched_bytes,
                 )
                 self.submit(event, released=lambda _, reply: self._beaten(session, message.mark, reply))
             case ProgressReport():

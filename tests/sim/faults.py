@@ -37,6 +37,7 @@ class Kind(enum.Enum):
     CORRUPT = "corrupt state"
     CLOCK_JUMP = "clock jump"
     NO_DATA = "preparation fails"
+    HANG = "preparation hangs"  # loses a worker, and the next does not get warm; every second one fetches meanwhile
     BURST = "burst of joins"  # target: how many
     LEAVE = "leave"  # SIGTERM
     DRAIN = "drain"

@@ -153,7 +153,8 @@ class Fleet:
     ) -> None:
         self.settings = settings
         self.crowded = settings.agents >= CROWD
-        self.timing = Timing.from_lease(settings.lease_ms)
+        timing = Timing.from_lease(settings.lease_ms)
+        self.timing = replace(timing, prepare_timeout_ms=2 * timing.rebuild_timeout_ms)  # or nobody is given up
         self.world = World(seed, show)
         self.truth = Truth()
         self.checks = Checks(self.timing, thorough=not self.crowded)
@@ -363,6 +364,11 @@ class Fleet:
                 self.world.after(ms, self._free_machine, machine)
             case Kind.NO_DATA:
                 machine.prepare_fails = 1 + fault.number % 2
+            case Kind.HANG:
+                machine.hangs += 1
+                machine.fetches = fault.number % 2 == 0
+                self.world.after(3 * self.timing.prepare_timeout_ms, self._unhang, machine)
+                self._kill_worker(process, Kind.KILL_WORKER, fault.number)
             case Kind.BURST:
                 for _ in range(fault.target):
                     self.add_machine().start(self.world.between(0, 200))
@@ -628,6 +634,9 @@ class Fleet:
     def _free_machine(self, machine: Machine) -> None:
         machine.full = max(0, machine.full - 1)
 
+    def _unhang(self, machine: Machine) -> None:
+        machine.hangs = max(0, machine.hangs - 1)
+
     def _free_blobs(self) -> None:
         self.coordinator.blobs_full = False
 
@@ -684,7 +693,7 @@ class Fleet:
         self.coordinator.start()
         for machine in self.machines:
             machine.cut(up=-machine.cut_up, down=-machine.cut_down, data=-machine.cut_data)
-            machine.slow_ms = machine.prepare_fails = machine.full = 0
+            machine.slow_ms = machine.prepare_fails = machine.full = machine.hangs = 0
             if "clone" in machine.name:
                 self._end_clone(machine)
                 continue
@@ -720,6 +729,7 @@ class Fleet:
             + timing.grace_ms
             + 15_000  # a connection that is being tried, and the pause after it
             + 60_000  # the longest pause of a worker or a preparation that failed
+            + timing.prepare_timeout_ms  # who waited for that too long is not given to the job for as long
             + REACH_PATIENCE_MS
             + self.settings.warm_ms[1]
             + 3 * (timing.rebuild_timeout_ms + spec.step_timeout_ms)
