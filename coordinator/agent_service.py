@@ -135,10 +135,12 @@ class AgentService(agent_pb2_grpc.AgentServiceServicer):
         agent_ttl: dt.timedelta,
         blobs: BlobStore,
         blob_service: BlobService,
+        report_refused: Callable[[str], None],
         caches: Caches,
         logs: LogBook,
         limits: Limits,
     ) -> None:
+        """`report_refused` hears of a stored blob that is no shard, though an agent thought so."""
         self._loop = loop
         self._sessions = sessions
         self._caches = caches
@@ -146,6 +148,7 @@ class AgentService(agent_pb2_grpc.AgentServiceServicer):
         self._agent_ttl = agent_ttl
         self._blobs = blobs
         self._blob_service = blob_service
+        self._report_refused = report_refused
         self._logs = logs
         self._limits = limits
 
@@ -206,6 +209,8 @@ class AgentService(agent_pb2_grpc.AgentServiceServicer):
             await self._check_stored(event)
         reply = await self._loop.submit(event)
         if isinstance(reply, Refused):
+            if event.digest and reply.refusal is not Refusal.RATE_LIMITED:  # then it is reported again
+                self._report_refused(event.digest)
             raise CallRefusedError(reply.refusal, reply.message)
         return agent_pb2.ReportShardReply(committed=isinstance(reply, ShardAccepted) and reply.committed)
 

@@ -21,6 +21,7 @@ from coordinator.blobs import (
 from coordinator.core.model import AgentId, Refusal
 from coordinator.identity import Principal, Role
 from coordinator.metrics import Metrics
+from coordinator.unreported import Unreported
 from protos import agent_pb2
 
 CHECKS_AT_ONCE = 2
@@ -38,6 +39,7 @@ class BlobService:
         chunk_timeout_s: float,
         slowest_bytes_per_s: int,
         metrics: Metrics,
+        unreported: Unreported,
         wrong_bytes: Callable[[AgentId, str], None],
     ) -> None:
         """`wrong_bytes` hears of an agent whose upload was not the blob with this digest."""
@@ -46,6 +48,7 @@ class BlobService:
         self._chunk_timeout_s = chunk_timeout_s
         self._slowest_bytes_per_s = slowest_bytes_per_s
         self._metrics = metrics
+        self._unreported = unreported
         self._wrong_bytes = wrong_bytes
         self._under_way: Counter[tuple[str, str]] = Counter()
         self._checks: dict[tuple[str, str, int], asyncio.Task[None]] = {}
@@ -91,10 +94,17 @@ class BlobService:
             if first is None:
                 raise translate.MalformedError("header: missing; the upload had no message")
             digest, size, offset = translate.blob_header(first)
-            peer = _peer()
-            upload = await _opened(
-                lambda: self._store.upload(digest, size, sender=peer, offset=offset), _suspend
-            )
+            peer, agent_id = _peer(), _agent()
+            # Whoever submits a job uploads its data first, and may have much of it.
+            charged = agent_id is not None and self._unreported.charge(agent_id, digest, size)
+            upload: BlobUpload | None = None
+            try:
+                upload = await _opened(
+                    lambda: self._store.upload(digest, size, sender=peer, offset=offset), _suspend
+                )
+            finally:
+                if charged and agent_id is not None and upload is None:
+                    self._unreported.lift(agent_id, digest)
             if upload is None:
                 return agent_pb2.PutBlobReply(existed=True)
             end = time.monotonic() + self._chunk_timeout_s + size / self._slowest_bytes_per_s
@@ -104,9 +114,13 @@ class BlobService:
                     await asyncio.to_thread(upload.write, data)
                     self._metrics.blob_bytes.labels("up").inc(len(data))
                 await asyncio.to_thread(upload.finish)
+                if agent_id is not None:
+                    self._unreported.stored(agent_id, digest)
             except (BlobRefusedError, translate.MalformedError) as error:
                 self._hold_against(caller.get(), digest, error)
                 await asyncio.shield(asyncio.to_thread(upload.discard))
+                if charged and agent_id is not None:
+                    self._unreported.lift(agent_id, digest)
                 raise
             finally:
                 # The line broke, or nothing came for too long: its sender goes on from here.
@@ -203,6 +217,11 @@ async def _opened(opened: Callable[[], T], drop: Callable[[T], object]) -> T:
 def _suspend(upload: BlobUpload | None) -> None:
     if upload is not None:
         upload.suspend()
+
+
+def _agent() -> AgentId | None:
+    principal = caller.get()
+    return AgentId(principal.id) if principal.role is Role.AGENT else None
 
 
 def _peer() -> str:

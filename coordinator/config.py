@@ -106,6 +106,8 @@ class Blobs(Section):
     s3: S3 = S3()
     max_bytes: SizeBytes = Field(default=8 * 2**30, ge=1)
     """Largest blob accepted."""
+    unreported_per_agent: SizeBytes = Field(default=16 * 2**30, ge=1)
+    """What one agent may have sent through the coordinator that is no shard of any checkpoint."""
     reserve: SizeBytes = 2**30
     """Free disk space that uploads never touch: the journal needs room."""
     retired_grace: DurationMs = 600_000

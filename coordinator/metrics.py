@@ -10,7 +10,7 @@ from socketserver import ThreadingMixIn
 from threading import Thread
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, make_wsgi_app
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, make_wsgi_app
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import Collector
 
@@ -47,6 +47,16 @@ class Metrics:
         self.refusals = Counter("muster_refusals", "Requests refused.", ["reason"], registry=self.registry)
         self.blob_bytes = Counter(
             "muster_blob_bytes", "Bytes of blobs moved.", ["direction"], registry=self.registry
+        )
+        self.uploads_over_quota = Counter(
+            "muster_uploads_over_quota",
+            "Uploads refused for what their sender has not reported.",
+            registry=self.registry,
+        )
+        self.unreported_bytes = Gauge(
+            "muster_unreported_bytes",
+            "Bytes of blobs that agents sent and no checkpoint has.",
+            registry=self.registry,
         )
         self.commit_s = Histogram(
             "muster_journal_commit_seconds",

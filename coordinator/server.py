@@ -38,6 +38,7 @@ from coordinator.rates import Buckets
 from coordinator.sessions import Sessions
 from coordinator.sweep import Sweeper
 from coordinator.translate import Wording, go_away
+from coordinator.unreported import Unreported
 from coordinator.usher import Usher
 from protos import admin_pb2_grpc, agent_pb2, agent_pb2_grpc
 from protos.wire import SERVER_OPTIONS, split_address
@@ -108,7 +109,12 @@ class Coordinator:
         self._wording = Wording()
         self.metrics = Metrics(lambda: self._state, lambda: len(self.sessions), lambda: self.logs.dropped)
         self._mirror = Mirror(self._store)
-        self._sweeper = Sweeper(self._store, blobs, self._mirror.foreign)
+        self._unreported = Unreported(
+            most_bytes=blobs.unreported_per_agent,
+            discarded_after_s=blobs.orphan_grace / 1000,
+            metrics=self.metrics,
+        )
+        self._sweeper = Sweeper(self._store, blobs, self._mirror.foreign, self._unreported.swept)
         self._access = MainAccess(
             state=lambda: self._state,
             revoked=RevokedOperators(home),
@@ -127,7 +133,14 @@ class Coordinator:
     def _make_loop(self, state: State) -> Loop:
         # A stopped process must not cost an agent its lease: no gap counts for more than two heartbeats.
         wait_ms = min(1_000, state.timing.heartbeat_ms)
-        observers: list[Observer] = [self.metrics, self._sweeper, self._mirror, self.caches, self._access]
+        observers: list[Observer] = [
+            self.metrics,
+            self._sweeper,
+            self._unreported,
+            self._mirror,
+            self.caches,
+            self._access,
+        ]
         return Loop(
             state=state,
             latest_step={
@@ -201,6 +214,7 @@ class Coordinator:
             chunk_timeout_s=config.blobs.chunk_timeout / 1000,
             slowest_bytes_per_s=config.blobs.slowest_upload,
             metrics=self.metrics,
+            unreported=self._unreported,
             wrong_bytes=self._wrong_bytes_sent,
         )
         agents = AgentService(
@@ -210,6 +224,7 @@ class Coordinator:
             agent_ttl=dt.timedelta(milliseconds=config.certificates.agent_ttl),
             blobs=self._store,
             blob_service=blob_service,
+            report_refused=self._sweeper.refused,
             caches=self.caches,
             logs=self.logs,
             limits=limits,

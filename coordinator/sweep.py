@@ -58,9 +58,14 @@ class Sweeper:
     """An observer of the loop that learns which blobs are shards, and a task that sweeps."""
 
     def __init__(
-        self, blobs: BlobStore, settings: Blobs, spared: Callable[[], Awaitable[frozenset[str]]]
+        self,
+        blobs: BlobStore,
+        settings: Blobs,
+        spared: Callable[[], Awaitable[frozenset[str]]],
+        swept: Callable[[list[str]], None] = lambda removed: None,
     ) -> None:
-        """`spared` names blobs that stay whatever the state says."""
+        """`spared` names blobs that stay whatever the state says; `swept` hears of those that were removed."""
+        self._swept = swept
         self._blobs = blobs
         self._spared = spared
         self._settings = settings
@@ -70,6 +75,10 @@ class Sweeper:
     def committed(self, record: Record) -> None:
         if isinstance(record, ShardRecorded):
             self._shards.add(record.shard.digest)
+
+    def refused(self, digest: str) -> None:
+        """It was reported as a shard in vain: if nothing else refers to it, it goes as soon as a retired one."""
+        self._shards.add(digest)
 
     def decided(self, event: Event, reply: Reply, waited_s: float) -> None:
         pass
@@ -126,7 +135,10 @@ class Sweeper:
         """Every blob that nothing refers to; those that are old enough are gone now, unless `dry_run`."""
         spared = await self._spared()
         keep = await loop.query(lambda state, _: referenced(state))
-        return await asyncio.to_thread(self._collect, keep | spared, dry_run)
+        found = await asyncio.to_thread(self._collect, keep | spared, dry_run)
+        if not dry_run:
+            self._swept([one.digest for one in found if one.old])
+        return found
 
     def _collect(self, keep: set[str], dry_run: bool) -> list[Unreferenced]:
         found = []

@@ -25,6 +25,7 @@ from coordinator.identity import Principal, Role
 from coordinator.metrics import Metrics
 from coordinator.server import StartError
 from coordinator.sweep import referenced
+from coordinator.unreported import Unreported
 from protos import admin_pb2, agent_pb2
 from protos.wire import refusal_of
 from tests.coordinator.harness import RPC_TIMEOUT_S, RunningCoordinator, loopback_config, running_coordinator
@@ -336,6 +337,7 @@ def slow(tmp_path: Path) -> tuple[SlowChecks, BlobService]:
         chunk_timeout_s=1.0,
         slowest_bytes_per_s=1,
         metrics=metrics,
+        unreported=Unreported(most_bytes=1, discarded_after_s=1.0, metrics=metrics),
         wrong_bytes=lambda agent_id, _: checks.held_against.append(agent_id),
     )
     return checks, service
