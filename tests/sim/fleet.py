@@ -154,7 +154,9 @@ class Fleet:
         self.settings = settings
         self.crowded = settings.agents >= CROWD
         timing = Timing.from_lease(settings.lease_ms)
-        self.timing = replace(timing, prepare_timeout_ms=2 * timing.rebuild_timeout_ms)  # or nobody is given up
+        self.timing = replace(
+            timing, prepare_timeout_ms=2 * timing.rebuild_timeout_ms
+        )  # or nobody is given up
         self.world = World(seed, show)
         self.truth = Truth()
         self.checks = Checks(self.timing, thorough=not self.crowded)
