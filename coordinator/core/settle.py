@@ -180,8 +180,8 @@ def _settle_agent(state: State, agent: Agent, now_ms: int) -> tuple[Record, ...]
     prepared_by_ms = _prepared_by(state, agent)
     if agent.job_id is not None and prepared_by_ms is not None and now_ms >= prepared_by_ms:
         return _give_up(state, agent, agent.job_id, now_ms)
-    for job_id, until_ms in agent.kept_from:
-        if now_ms >= until_ms:
+    for job_id, kept_until_ms in agent.kept_from:
+        if now_ms >= kept_until_ms:
             return (PreparationForgiven(at_ms=now_ms, agent_id=agent_id, job_id=job_id),)
     until_ms = agent.quarantined_until_ms
     if agent.standing is _QUARANTINED and until_ms is not None and now_ms >= until_ms:
