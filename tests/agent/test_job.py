@@ -174,6 +174,23 @@ async def test_released_leader_hands_in_its_steps_before_it_says_so(pair: Callab
     assert (await both.says("released")).generation == 2
 
 
+async def test_evaluations_come_again_with_steps_that_were_refused(pair: Callable[..., Pair]) -> None:
+    both = pair(steps=2, finish=False)
+    both.plan(1, await both.says("ready"))
+    await eventually(lambda: len(both.job.ledger) == 2)
+    both.job.ledger.evaluated(agent_pb2.Evaluation(step=2, loss=1.5))
+    sent = sum(m.HasField("progress") for m in both.said)
+    both.job.acknowledged(1)
+    first = await both.says("progress", sent + 1)
+    both.job.acknowledged(1)  # a peer's earlier step is missing: nothing of it was recorded
+    again = await both.says("progress", sent + 2)
+    for progress in (first, again):
+        assert [step.step for step in progress.steps] == [2]
+        assert [found.step for found in progress.evaluations] == [2]
+    both.job.acknowledged(2)
+    assert both.job.ledger.batch("j1", 1) is None
+
+
 async def test_a_release_that_crossed_the_next_plan_is_not_taken_for_the_next_release(
     pair: Callable[..., Pair],
 ) -> None:

@@ -985,10 +985,10 @@ class JobRun:
         self.ledger.acknowledge(step)
         if self._progress is not None:
             sent = self._progress[0]
-            self.ledger.heard(sent)
             if sent.steps and sent.steps[-1].step > step:
                 self._refused_progress()
             else:
+                self.ledger.heard(sent)
                 self._refusals = 0
                 self._send_progress_anew()
         self._check_released()
