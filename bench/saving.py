@@ -74,7 +74,12 @@ class Training:
         for name, tensor in self.state.tensors.items():
             if name.startswith("optimizer.exp"):  # zeros would compress, and hash, like nothing real
                 tensor.copy_(torch.randn(tensor.shape, generator=stream).mul_(1e-4).abs_())
-        self.saver = Saver(directory, self.state.tensors, SHARD_BYTES, lambda _, shard: saved(shard))
+        self.saver = Saver(
+            directory,
+            self.state.tensors,
+            SHARD_BYTES,
+            lambda _, shard: None if shard is None else saved(shard),
+        )
         self._tokens = torch.randint(shape.vocab_size, (sequences, tokens + 1), generator=stream).to(device)
         self._device = device
         self.steps = 0
