@@ -111,8 +111,7 @@ class BlobService:
             try:
                 while (request := await self._next(requests, end - time.monotonic())) is not None:
                     data = translate.blob_data(request)
-                    await asyncio.to_thread(upload.write, data)
-                    self._metrics.blob_bytes.labels("up").inc(len(data))
+                    await asyncio.to_thread(self._write, upload, data)
                 await asyncio.to_thread(upload.finish)
                 if agent_id is not None:
                     self._unreported.stored(agent_id, digest)
@@ -126,6 +125,11 @@ class BlobService:
                 # The line broke, or nothing came for too long: its sender goes on from here.
                 await asyncio.shield(asyncio.to_thread(upload.suspend))
         return agent_pb2.PutBlobReply(existed=False)
+
+    def _write(self, upload: BlobUpload, data: bytes) -> None:
+        """In the thread, both: what a cancelled call has begun to write is kept, and counts."""
+        upload.write(data)
+        self._metrics.blob_bytes.labels("up").inc(len(data))
 
     async def presign_put(self, request: agent_pb2.PresignPutRequest) -> agent_pb2.PresignPutReply:
         digest, size = translate.presign_put(request)
