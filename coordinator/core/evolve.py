@@ -189,6 +189,7 @@ def evolve(state: State, record: Record) -> None:
             kept_from = tuple(each for each in kept_from if each[0] != record.job_id)
             _set(state, record.agent_id, kept_from=kept_from)
             state.agenda.agents[record.agent_id] = None
+            state.agenda.slots = True  # a job that has it to spare may lend it to this one
         case AgentAssigned():
             _assign(state, record)
         case AgentUnassigned():
