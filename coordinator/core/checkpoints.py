@@ -16,6 +16,7 @@ from collections.abc import Iterable
 from dataclasses import replace
 from typing import assert_never
 
+from coordinator.core.matching import serving
 from coordinator.core.model import (
     ENDED,
     AgentId,
@@ -39,7 +40,6 @@ from coordinator.core.model import (
     NotYet,
     PendingCheckpoint,
     PendingDropped,
-    Presence,
     Record,
     Refusal,
     Refused,
@@ -49,13 +49,13 @@ from coordinator.core.model import (
     ShardRecorded,
     ShardReported,
     Standing,
-    StandingChanged,
     State,
     StatesDiffered,
     StateWitnessed,
     Why,
     Witness,
 )
+from coordinator.core.strikes import quarantine
 
 MAX_PENDING = 2
 MAX_SHARDS = 65_536
@@ -99,8 +99,7 @@ def report(state: State, job: Job, now_ms: int, event: ShardReported) -> Decisio
     witness = _witness(job, event)
     stored = next((c for c in job.checkpoints if c.step == event.step and restorable(c)), None)
     if stored is not None:
-        differing = event.state_digest != stored.state_digest
-        records = _differ(job, now_ms, stored.witnesses, event, witness) if differing else ()
+        records = _differ(job, now_ms, stored, event, witness)
         return Decision(records=records, reply=ShardAccepted(committed=True))
     shard = Shard(index=event.index, digest=event.digest, bytes=event.bytes) if event.digest else None
     if shard is None and witness is None:
@@ -123,9 +122,7 @@ def report(state: State, job: Job, now_ms: int, event: ShardReported) -> Decisio
     if found is not None:
         clash = _clash(found, shard, event)
         if clash is not None:
-            differing = event.state_digest != found.state_digest
-            records = _differ(job, now_ms, found.witnesses, event, witness) if differing else ()
-            return Decision(records=records, reply=clash)
+            return Decision(records=_differ(job, now_ms, found, event, witness), reply=clash)
         if witness is not None and not _says_more(found, witness):
             witness = None
         if shard is None or shard in found.shards:
@@ -167,15 +164,7 @@ def report(state: State, job: Job, now_ms: int, event: ShardReported) -> Decisio
         after = with_shard(found, record)
     else:
         assert witness is not None
-        record = StateWitnessed(
-            at_ms=now_ms,
-            job_id=job.job_id,
-            generation=event.generation,
-            step=event.step,
-            count=event.count,
-            header_json=event.header_json,
-            witness=witness,
-        )
+        record = _witnessed(now_ms, event, witness)
         after = with_witness(found, record)
     committed = not isinstance(_to_commit(state, job, after, now_ms), NotYet)
     return Decision(records=(*begun, record), reply=ShardAccepted(committed=committed))
@@ -259,7 +248,7 @@ def vouched(state: State, job: Job, pending: PendingCheckpoint, now_ms: int) -> 
         if len({agent_id for found in known for agent_id in found.members}) == 1:
             return Alone.ONLY_MEMBER
         others = (a for found in known for a in found.members if a not in found.gone and a not in agree)
-        if not any(_there(state, job, agent_id) for agent_id in others):
+        if not any(serving(state, job, agent_id) for agent_id in others):
             return Alone.MEMBERS_GONE
     # While the coordinator was away nobody could speak.
     until_ms = max(pending.whole_ms, state.started_ms) + state.timing.witness_ms
@@ -328,19 +317,8 @@ def name_dissenters(state: State, job: Job, now_ms: int) -> tuple[Record, ...]:
         )
         records.append(record)
         if record.dissents > 1 and agent.standing is Standing.ELIGIBLE:
-            timing = state.timing
-            doublings = min(record.dissents - 2, 20)
-            cool_down_ms = min(timing.quarantine_base_ms << doublings, timing.quarantine_max_ms)
-            records.append(
-                StandingChanged(
-                    at_ms=now_ms,
-                    agent_id=agent_id,
-                    standing=Standing.QUARANTINED,
-                    why=Why.DIVERGED,
-                    detail=dissent(record),
-                    until_ms=now_ms + cool_down_ms,
-                )
-            )
+            detail, before = dissent(record), record.dissents - 2
+            records.append(quarantine(state, now_ms, agent, why=Why.DIVERGED, detail=detail, before=before))
     return tuple(records)
 
 
@@ -373,6 +351,18 @@ def _witness(job: Job, event: ShardReported) -> Witness | None:
     return Witness(agent_id=event.agent_id, generation=event.generation, state_digest=event.state_digest)
 
 
+def _witnessed(now_ms: int, event: ShardReported, witness: Witness) -> StateWitnessed:
+    return StateWitnessed(
+        at_ms=now_ms,
+        job_id=event.job_id,
+        generation=event.generation,
+        step=event.step,
+        count=event.count,
+        header_json=event.header_json,
+        witness=witness,
+    )
+
+
 def _says_more(found: PendingCheckpoint, witness: Witness) -> bool:
     """Whether the word is to be kept: two that agree are enough, unless somebody has said otherwise."""
     disputed = any(w.state_digest != found.state_digest for w in found.witnesses)
@@ -390,15 +380,6 @@ def _contradicted(found: PendingCheckpoint, event: ShardReported, witness: Witne
         and event.state_digest != found.state_digest
         and event.generation > newest
         and len(agreeing(found)) < WITNESSES
-    )
-
-
-def _there(state: State, job: Job, agent_id: AgentId) -> bool:
-    agent = state.agents[agent_id]
-    return (
-        agent.job_id == job.job_id
-        and agent.presence in (Presence.READY, Presence.SUSPECT)
-        and agent.standing is Standing.ELIGIBLE
     )
 
 
@@ -669,27 +650,22 @@ def _clash(found: PendingCheckpoint, shard: Shard | None, event: ShardReported) 
 
 
 def _differ(
-    job: Job, now_ms: int, said: tuple[Witness, ...], event: ShardReported, witness: Witness | None
+    job: Job,
+    now_ms: int,
+    found: PendingCheckpoint | Checkpoint,
+    event: ShardReported,
+    witness: Witness | None,
 ) -> tuple[Record, ...]:
     """Two members of one generation say different things about their common state: until somebody is
-    healed no checkpoint comes about, and nobody is found out before the next formation.  `said` is what was
-    said of the checkpoint before."""
-    if witness is None or witness in said:
+    healed no checkpoint comes about, and nobody is found out before the next formation.  Nothing where the
+    report says the same as the checkpoint `found`."""
+    said = found.witnesses
+    if event.state_digest == found.state_digest or witness is None or witness in said:
         return ()
     mine = [w for w in said if w.agent_id == witness.agent_id and w.generation == witness.generation]
     if len(mine) >= CLAIMS_OF_ONE:
         return ()
-    records: list[Record] = [
-        StateWitnessed(
-            at_ms=now_ms,
-            job_id=job.job_id,
-            generation=event.generation,
-            step=event.step,
-            count=event.count,
-            header_json=event.header_json,
-            witness=witness,
-        )
-    ]
+    records: list[Record] = [_witnessed(now_ms, event, witness)]
     generation = job.generation
     peers = _distinct(
         w.agent_id

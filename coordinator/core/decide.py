@@ -11,8 +11,8 @@ from dataclasses import replace
 from typing import Any, assert_never
 
 from coordinator.core import checkpoints
-from coordinator.core.forming import awaits_leaving, serving
-from coordinator.core.matching import engaged, serves
+from coordinator.core.forming import awaits_leaving
+from coordinator.core.matching import engaged, serves, serving
 from coordinator.core.model import (
     ENDED,
     MOST_ACCUSERS,

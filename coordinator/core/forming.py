@@ -12,6 +12,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from coordinator.core.checkpoints import MAX_STEPS_AHEAD, newest_good
+from coordinator.core.matching import serving
 from coordinator.core.model import (
     ENDED,
     Agent,
@@ -109,16 +110,6 @@ def deadline(state: State, generation: Generation) -> int:
 
 
 # ------------------------------------------------------------------------- who is there
-
-
-def serving(state: State, job: Job, agent_id: AgentId) -> bool:
-    """Whether the agent is there for the job: alive as far as is known, eligible, and assigned."""
-    agent = state.agents[agent_id]
-    return (
-        agent.job_id == job.job_id
-        and (agent.presence is _READY or agent.presence is _SUSPECT)
-        and agent.standing is _ELIGIBLE
-    )
 
 
 def roll(state: State, job: Job) -> Roll:

@@ -99,6 +99,16 @@ def counts(agent: Agent) -> bool:
     )
 
 
+def serving(state: State, job: Job, agent_id: AgentId) -> bool:
+    """Whether the agent is there for the job: alive as far as is known, eligible, and assigned."""
+    agent = state.agents[agent_id]
+    return (
+        agent.job_id == job.job_id
+        and (agent.presence is _READY or agent.presence is _SUSPECT)
+        and agent.standing is _ELIGIBLE
+    )
+
+
 def match(state: State, now_ms: int) -> tuple[Record, ...]:
     """Assign the agents on the agenda, or all idle ones if places may have become free (rule 1).
 

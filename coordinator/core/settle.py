@@ -278,7 +278,7 @@ def _late(state: State, job: Job, generation: Generation) -> tuple[AgentId, ...]
         members = tuple(
             m.agent_id
             for m in generation.members
-            if m.agent_id not in done and forming.serving(state, job, m.agent_id)
+            if m.agent_id not in done and matching.serving(state, job, m.agent_id)
         )
     return (*members, *generation.leaving)
 
@@ -322,7 +322,7 @@ def _complete(state: State, job: Job, now_ms: int) -> tuple[Record, ...]:
     generation = job.generation
     if generation is None or not generation.finished:
         return ()
-    there = [a for a in generation.holders if forming.serving(state, job, a)]
+    there = [a for a in generation.holders if matching.serving(state, job, a)]
     if not there or not frozenset(generation.finished).issuperset(there):
         return ()
     step = generation.finished_step
@@ -348,7 +348,7 @@ def _unserving(state: State, job: Job, now_ms: int) -> tuple[Record, ...]:
         elif agent.standing is not Standing.ELIGIBLE:
             reason = f"{agent.standing.value}: {agent.standing_detail}"
             records.append(_unassign(job, agent_id, reason, now_ms))
-        elif agent.draining and not (agent_id in inside and forming.serving(state, job, agent_id)):
+        elif agent.draining and not (agent_id in inside and matching.serving(state, job, agent_id)):
             if waits_for_checkpoint is None:
                 waits_for_checkpoint = _awaits_checkpoint(state, job, now_ms)
             if not waits_for_checkpoint:

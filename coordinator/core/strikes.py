@@ -22,20 +22,28 @@ def strike(state: State, now_ms: int, agent: Agent, detail: str) -> tuple[Record
     counted = StrikeCounted(at_ms=now_ms, agent_id=agent.agent_id, strikes=strikes, detail=detail)
     if strikes <= TOLERATED or agent.standing is not Standing.ELIGIBLE:
         return (counted,)
-    timing = state.timing
-    # More doublings than this exceed any bound that makes sense.
-    doublings = min(strikes - TOLERATED - 1, 20)
-    cool_down_ms = min(timing.quarantine_base_ms << doublings, timing.quarantine_max_ms)
+    detail = f"strike {strikes}: {detail}"
     return (
         counted,
-        StandingChanged(
-            at_ms=now_ms,
-            agent_id=agent.agent_id,
-            standing=Standing.QUARANTINED,
-            why=Why.FLAPPING,
-            detail=f"strike {strikes}: {detail}",
-            until_ms=now_ms + cool_down_ms,
-        ),
+        quarantine(state, now_ms, agent, why=Why.FLAPPING, detail=detail, before=strikes - TOLERATED - 1),
+    )
+
+
+def quarantine(
+    state: State, now_ms: int, agent: Agent, *, why: Why, detail: str, before: int
+) -> StandingChanged:
+    """For twice as long as the time before; `before`: how often that was."""
+    timing = state.timing
+    # More doublings than this exceed any bound that makes sense.
+    doublings = min(before, 20)
+    cool_down_ms = min(timing.quarantine_base_ms << doublings, timing.quarantine_max_ms)
+    return StandingChanged(
+        at_ms=now_ms,
+        agent_id=agent.agent_id,
+        standing=Standing.QUARANTINED,
+        why=why,
+        detail=detail,
+        until_ms=now_ms + cool_down_ms,
     )
 
 

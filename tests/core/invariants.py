@@ -6,8 +6,8 @@ from collections.abc import Mapping
 
 from coordinator.core.codec import decode_record, encode_record, encode_state, is_durable
 from coordinator.core.evolve import evolve
-from coordinator.core.forming import serving, why
-from coordinator.core.matching import counts
+from coordinator.core.forming import why
+from coordinator.core.matching import counts, serving
 from coordinator.core.model import (
     ENDED,
     AgentId,
