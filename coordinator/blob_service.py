@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -96,15 +97,15 @@ class BlobService:
             digest, size, offset = translate.blob_header(first)
             peer, agent_id = _peer(), _agent()
             # Whoever submits a job uploads its data first, and may have much of it.
-            charged = agent_id is not None and self._unreported.charge(agent_id, digest, size)
+            lift = self._charge(agent_id, digest, size)
             upload: BlobUpload | None = None
             try:
                 upload = await _opened(
                     lambda: self._store.upload(digest, size, sender=peer, offset=offset), _suspend
                 )
             finally:
-                if charged and agent_id is not None and upload is None:
-                    self._unreported.lift(agent_id, digest)
+                if upload is None:
+                    lift()
             if upload is None:
                 return agent_pb2.PutBlobReply(existed=True)
             end = time.monotonic() + self._chunk_timeout_s + size / self._slowest_bytes_per_s
@@ -118,13 +119,18 @@ class BlobService:
             except (BlobRefusedError, translate.MalformedError) as error:
                 self._hold_against(caller.get(), digest, error)
                 await asyncio.shield(asyncio.to_thread(upload.discard))
-                if charged and agent_id is not None:
-                    self._unreported.lift(agent_id, digest)
+                lift()
                 raise
             finally:
                 # The line broke, or nothing came for too long: its sender goes on from here.
                 await asyncio.shield(asyncio.to_thread(upload.suspend))
         return agent_pb2.PutBlobReply(existed=False)
+
+    def _charge(self, agent_id: AgentId | None, digest: str, size: int) -> Callable[[], None]:
+        """Count an agent's upload; returns what takes that back, should nothing of it be kept."""
+        if agent_id is None or not self._unreported.charge(agent_id, digest, size):
+            return lambda: None
+        return functools.partial(self._unreported.lift, agent_id, digest)
 
     def _write(self, upload: BlobUpload, data: bytes) -> None:
         """In the thread, both: what a cancelled call has begun to write is kept, and counts."""
