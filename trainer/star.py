@@ -156,6 +156,9 @@ class Host:
             ("", 0), family=family, dualstack_ipv6=family == socket.AF_INET6, backlog=1024
         )
         self._nonce = secrets.token_bytes(_NONCE_BYTES)
+        self._poll = select.poll()
+        self._unknown: dict[int, tuple[socket.socket, bytes]] = {}  # in the order in which they came
+        self._known: dict[int, socket.socket] = {}  # by rank
         port = self._server.getsockname()[1]
         store.set(_KEY, f"{_address(store_host)} {port} {self._nonce.hex()}")
 
@@ -163,55 +166,56 @@ class Host:
         """Wait for every other rank.  Raise TimeoutError if one does not come."""
         deadline = time.monotonic() + timeout_s
         self._server.setblocking(False)
-        poll = select.poll()
-        poll.register(self._server, select.POLLIN)
-        unknown: dict[int, tuple[socket.socket, bytes]] = {}  # in the order in which they came
-        known: dict[int, socket.socket] = {}
+        self._poll.register(self._server, select.POLLIN)
         try:
-            while len(known) < world_size - 1:
+            while len(self._known) < world_size - 1:
                 left_s = deadline - time.monotonic()
                 if left_s <= 0:
-                    absent = sorted(set(range(1, world_size)) - known.keys())
+                    absent = sorted(set(range(1, world_size)) - self._known.keys())
                     raise TimeoutError(f"rank {', '.join(map(str, absent))} did not connect to rank 0")
-                for descriptor, _ in poll.poll(1000 * left_s):
+                for descriptor, _ in self._poll.poll(1000 * left_s):
                     if descriptor == self._server.fileno():
-                        with contextlib.suppress(OSError):
-                            stranger = self._server.accept()[0]
-                            stranger.setblocking(False)
-                            unknown[stranger.fileno()] = (stranger, b"")
-                            poll.register(stranger, select.POLLIN)
-                        if len(unknown) > world_size + _STRANGERS:
-                            oldest = next(iter(unknown))
-                            poll.unregister(oldest)
-                            unknown.pop(oldest)[0].close()
-                        continue
-                    if descriptor not in unknown:
-                        continue
-                    peer, said = unknown[descriptor]
-                    try:
-                        more = peer.recv(_HELLO.size - len(said))
-                    except BlockingIOError:
-                        continue
-                    except OSError:
-                        more = b""
-                    said += more
-                    unknown[descriptor] = (peer, said)
-                    if more and len(said) < _HELLO.size:
-                        continue
-                    poll.unregister(descriptor)
-                    del unknown[descriptor]
-                    rank = self._rank_of(said)
-                    if 0 < rank < world_size and rank not in known:
-                        known[rank] = peer
-                    else:
-                        peer.close()
-            return Star([known.pop(rank) for rank in range(1, world_size)], 0)
+                        self._let_in(world_size)
+                    elif descriptor in self._unknown:
+                        self._hear(descriptor, world_size)
+            return Star([self._known.pop(rank) for rank in range(1, world_size)], 0)
         finally:
-            for peer, _ in unknown.values():
-                peer.close()
-            for peer in known.values():
+            for peer in (*(peer for peer, _ in self._unknown.values()), *self._known.values()):
                 peer.close()
             self.close()
+
+    def _let_in(self, world_size: int) -> None:
+        with contextlib.suppress(OSError):
+            stranger = self._server.accept()[0]
+            stranger.setblocking(False)
+            self._unknown[stranger.fileno()] = (stranger, b"")
+            self._poll.register(stranger, select.POLLIN)
+        if len(self._unknown) > world_size + _STRANGERS:
+            self._forget(next(iter(self._unknown))).close()
+
+    def _hear(self, descriptor: int, world_size: int) -> None:
+        """Who has said it all is known, or gone."""
+        peer, said = self._unknown[descriptor]
+        try:
+            more = peer.recv(_HELLO.size - len(said))
+        except BlockingIOError:
+            return
+        except OSError:
+            more = b""
+        said += more
+        if more and len(said) < _HELLO.size:
+            self._unknown[descriptor] = (peer, said)
+            return
+        self._forget(descriptor)
+        rank = self._rank_of(said)
+        if 0 < rank < world_size and rank not in self._known:
+            self._known[rank] = peer
+        else:
+            peer.close()
+
+    def _forget(self, descriptor: int) -> socket.socket:
+        self._poll.unregister(descriptor)
+        return self._unknown.pop(descriptor)[0]
 
     def _rank_of(self, hello: bytes) -> int:
         if len(hello) < _HELLO.size:
