@@ -12,7 +12,7 @@ import os
 import socket
 import struct
 from collections.abc import Callable
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar, get_type_hints
 
@@ -185,13 +185,7 @@ _HINTS = {name: get_type_hints(kind) for name, kind in _UP.items()}
 
 
 def encode(message: Down) -> bytes:
-    return (
-        json.dumps(
-            {"type": message.type, **{part.name: getattr(message, part.name) for part in fields(message)}},
-            separators=(",", ":"),
-        ).encode()
-        + b"\n"
-    )
+    return json.dumps({"type": message.type, **asdict(message)}, separators=(",", ":")).encode() + b"\n"
 
 
 def decode(line: bytes) -> Up:

@@ -29,7 +29,7 @@ from typing import Any
 
 from bench.fleets.fleet import REPOSITORY, Fleet, FleetError, Shape
 from bench.fleets.muster import Muster
-from bench.processes import Park, send
+from bench.processes import Park, send, threads
 from bench.recovery import rolled_back
 from bench.report import Row, emit, progress
 from bench.trace import Commit, StepTrace
@@ -182,8 +182,8 @@ class Storm:
 def schedule(pid: int, policy: int) -> None:
     """Give every thread of a process, if it still lives, a scheduling policy; what they start inherits it."""
     with contextlib.suppress(FileNotFoundError, ProcessLookupError):
-        for thread in Path(f"/proc/{pid}/task").iterdir():
-            os.sched_setscheduler(int(thread.name), policy, os.sched_param(0))
+        for thread in threads(pid):
+            os.sched_setscheduler(thread, policy, os.sched_param(0))
 
 
 def undisturbed_losses(job: dict[str, Any], park: Park, home: Path, last: int) -> dict[int, float]:

@@ -22,11 +22,10 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Iterable
-from pathlib import Path
 
 from bench.fleets.fleet import REPOSITORY, Fleet, Shape, free_port
 from bench.fleets.muster import Muster
-from bench.processes import send
+from bench.processes import send, threads
 from bench.recovery import gaps_s
 from bench.report import Row, emit, progress
 
@@ -84,8 +83,8 @@ def settle(fleet: Fleet) -> list[int]:
     cores = sorted(os.sched_getaffinity(0))
     pids = workers(fleet)
     for index, pid in enumerate(pids):
-        for thread in Path(f"/proc/{pid}/task").iterdir():
-            os.sched_setaffinity(int(thread.name), {cores[index % len(cores)]})
+        for thread in threads(pid):
+            os.sched_setaffinity(thread, {cores[index % len(cores)]})
     return pids
 
 

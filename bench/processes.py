@@ -103,6 +103,11 @@ class Park:
         self.close()
 
 
+def threads(pid: int) -> list[int]:
+    """Of a process, which has to be there."""
+    return [int(thread.name) for thread in Path(f"/proc/{pid}/task").iterdir()]
+
+
 def send(pid: int, number: signal.Signals) -> None:
     """Send a signal to a process of ours; one that is gone already is no error."""
     with contextlib.suppress(ProcessLookupError):

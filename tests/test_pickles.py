@@ -172,6 +172,19 @@ def imported(place: Place, form: str, source: Path) -> str:
     return told
 
 
+def hf_import(place: Place, name: str) -> str:
+    """Of a directory in whose file `name` the payload lies."""
+    return imported(place, "hf", place.plant(place.root / "hf" / name).parent)
+
+
+def hf_import_of_part(place: Place, name: str) -> str:
+    """The same, of a file that the index names in place of the whole."""
+    (place.root / "hf" / "model.safetensors").unlink()
+    index = {"weight_map": {"transformer.wte.weight": name}}
+    (place.root / "hf" / "model.safetensors.index.json").write_text(json.dumps(index))
+    return hf_import(place, name)
+
+
 def restored(place: Place, *arguments: str | Path) -> str:
     authority = ("--authority", place.root / "home" / "authority.pem")
     mirror = ("--from", place.root / "mirror", "--out", place.root / "out")
@@ -293,41 +306,35 @@ def nanogpt(place: Place) -> str:
 
 @position
 def configuration_of_a_transformers_model(place: Place) -> str:
-    return imported(place, "hf", place.plant(place.root / "hf" / "config.json").parent)
+    return hf_import(place, "config.json")
 
 
 @position
 def weights_of_a_transformers_model(place: Place) -> str:
-    return imported(place, "hf", place.plant(place.root / "hf" / "model.safetensors").parent)
+    return hf_import(place, "model.safetensors")
 
 
 @position
 def index_of_a_transformers_model(place: Place) -> str:
     (place.root / "hf" / "model.safetensors").unlink()
-    return imported(place, "hf", place.plant(place.root / "hf" / "model.safetensors.index.json").parent)
+    return hf_import(place, "model.safetensors.index.json")
 
 
 @position
 def part_of_a_transformers_model(place: Place) -> str:
-    (place.root / "hf" / "model.safetensors").unlink()
-    index = {"weight_map": {"transformer.wte.weight": "model-1-of-2.safetensors"}}
-    (place.root / "hf" / "model.safetensors.index.json").write_text(json.dumps(index))
-    return imported(place, "hf", place.plant(place.root / "hf" / "model-1-of-2.safetensors").parent)
+    return hf_import_of_part(place, "model-1-of-2.safetensors")
 
 
 @position
 def old_weights_of_a_transformers_model(place: Place) -> str:
     """pytorch_model.bin is a pickle: a directory that has nothing else cannot be imported."""
     (place.root / "hf" / "model.safetensors").unlink()
-    return imported(place, "hf", place.plant(place.root / "hf" / "pytorch_model.bin").parent)
+    return hf_import(place, "pytorch_model.bin")
 
 
 @position
 def old_weights_that_an_index_names(place: Place) -> str:
-    (place.root / "hf" / "model.safetensors").unlink()
-    index = {"weight_map": {"transformer.wte.weight": "pytorch_model.bin"}}
-    (place.root / "hf" / "model.safetensors.index.json").write_text(json.dumps(index))
-    return imported(place, "hf", place.plant(place.root / "hf" / "pytorch_model.bin").parent)
+    return hf_import_of_part(place, "pytorch_model.bin")
 
 
 @position

@@ -125,9 +125,8 @@ def check_nothing_left_over(fleet: Fleet, job: str, config: dict[str, Any]) -> N
         assert hashlib.sha256(path.read_bytes()).hexdigest() == path.name
 
 
-def test_a_coordinator_killed_at_any_moment_keeps_the_old_checkpoint_or_has_the_new_one(
-    fleet: Fleet, make_config: Config, tmp_path: Path
-) -> None:
+def with_a_checkpoint(fleet: Fleet, make_config: Config) -> tuple[str, dict[str, Any]]:
+    """A job of agents a and b that has one, of several shards."""
     config = make_config(steps=100_000, step_delay_ms=50, checkpoint_every=50_000)
     config["checkpoint"]["shard_bytes"] = "64KiB"
     config["elastic"] |= {"last_call": "100ms", "min_generation": "0s"}
@@ -136,6 +135,13 @@ def test_a_coordinator_killed_at_any_moment_keeps_the_old_checkpoint_or_has_the_
         fleet.start_agent(name)
     fleet.wait_generation(job, members=2)
     wait_stage(fleet, job, COMMITTED)
+    return job, config
+
+
+def test_a_coordinator_killed_at_any_moment_keeps_the_old_checkpoint_or_has_the_new_one(
+    fleet: Fleet, make_config: Config, tmp_path: Path
+) -> None:
+    job, config = with_a_checkpoint(fleet, make_config)
     newest = max(check_restorable(fleet, job, tmp_path / "restored"))
     for stage in (ASKED, FIRST, MIDDLE, LAST, COMMITTED):
         wait_stage(fleet, job, stage)
@@ -163,15 +169,8 @@ def test_a_coordinator_killed_at_any_moment_keeps_the_old_checkpoint_or_has_the_
 def test_workers_and_agents_killed_at_any_moment_come_back_to_the_old_checkpoint_or_the_new_one(
     fleet: Fleet, make_config: Config, tmp_path: Path
 ) -> None:
-    config = make_config(steps=100_000, step_delay_ms=50, checkpoint_every=50_000)
-    config["checkpoint"]["shard_bytes"] = "64KiB"
-    config["elastic"] |= {"last_call": "100ms", "min_generation": "0s"}
+    job, config = with_a_checkpoint(fleet, make_config)
     scratch = tmp_path / "restored"
-    job = fleet.submit(config)
-    for name in ("a", "b"):
-        fleet.start_agent(name)
-    fleet.wait_generation(job, members=2)
-    wait_stage(fleet, job, COMMITTED)
     for stage in (ASKED, FIRST, LAST, COMMITTED):
         newest = max(committed(fleet, job))
         b = fleet.agents["b"]
