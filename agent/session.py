@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import random
 from collections import deque
 from collections.abc import Callable
 from typing import Any, Protocol
@@ -19,14 +18,12 @@ import grpc.aio
 import structlog
 
 from agent.errors import RefusedByCoordinator
+from agent.patience import NobodyThere, Patience
 from protos import agent_pb2, agent_pb2_grpc, wire
 
 log = structlog.get_logger(__name__)
 
 OUTBOX_MESSAGES = 20_000
-CONNECT_TIMEOUT_S = 10.0
-FIRST_DELAY_S = 0.2
-LONGEST_DELAY_S = 5.0
 
 # Refusals that time may heal; after any other there is no sense in coming back.
 PASSING = frozenset({agent_pb2.REFUSAL_RATE_LIMITED, agent_pb2.REFUSAL_NO_SPACE})
@@ -50,16 +47,18 @@ class Delegate(Protocol):
 class Session:
     """`run` keeps the session; `send` speaks in it; `close` ends it politely."""
 
-    def __init__(self, identity: Callable[[], wire.Identity], delegate: Delegate) -> None:
+    def __init__(
+        self, identity: Callable[[], wire.Identity], delegate: Delegate, patience: Patience | None = None
+    ) -> None:
         self._identity = identity
         self._delegate = delegate
+        self._patience = patience or Patience()
         self._outbox: deque[agent_pb2.AgentMessage] = deque()
         self._outbox_filled = asyncio.Event()
         self._sent = 0
         self._closing = asyncio.Event()
         self._call: Any = None
-        self._longest_delay_s = LONGEST_DELAY_S
-        self._welcomed = False
+        self._answered = False
         self._disconnected = asyncio.Event()
         self.connected = False
         self.last_error = ""
@@ -84,9 +83,9 @@ class Session:
 
     async def run(self) -> None:
         """Until `close`.  Raise RefusedByCoordinator when coming back makes no sense."""
-        delay_s = FIRST_DELAY_S
         while not self._closing.is_set():
-            self._welcomed = False
+            self._answered = False
+            unanswered = False
             try:
                 await self._attempt()
             except grpc.aio.AioRpcError as error:
@@ -96,34 +95,35 @@ class Session:
                         f"coordinator refused: {error.details()} [{agent_pb2.Refusal.Name(refusal)}]"
                     ) from error
                 self.last_error = f"{error.code().name}: {error.details()}"
+                # Refused, or not there: only with a word from the coordinator is it an answer.
+                unanswered = not self._answered and refusal is None
+            except NobodyThere as error:
+                self.last_error = str(error)
             except (TimeoutError, asyncio.InvalidStateError, OSError) as error:
                 self.last_error = str(error) or "no answer in time"
+                unanswered = not self._answered
             if self._closing.is_set():
                 return
-            if self._welcomed:
-                delay_s = FIRST_DELAY_S
+            address = self._identity().address
+            pause_s = self._patience.pause_s(unanswered=unanswered and await self._patience.knock(address))
             log.info(
-                "session.reconnecting",
-                address=self._identity().address,
-                after=self.last_error,
-                delay_s=delay_s,
+                "session.reconnecting", address=address, after=self.last_error, pause_s=round(pause_s, 2)
             )
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(delay_s * random.uniform(0.5, 1.0)):
+                async with asyncio.timeout(pause_s):
                     await self._closing.wait()
-            delay_s = min(delay_s * 2, self._longest_delay_s)
 
     async def _attempt(self) -> None:
-        async with wire.aio_channel(self._identity()) as channel:
+        identity = self._identity()
+        async with wire.aio_channel(identity, connect_s=self._patience.wait_s) as channel:
             call = agent_pb2_grpc.AgentServiceStub(channel).Session()
             self._call = call
             try:
-                async with asyncio.timeout(CONNECT_TIMEOUT_S):
-                    await call.write(agent_pb2.AgentMessage(hello=self._delegate.hello()))
-                    first = await call.read()
+                first = await self._patience.answer(self._greet(call), channel, identity.address)
                 if first is grpc.aio.EOF:
                     await _raise_status(call)
                     raise TimeoutError("the coordinator closed the session without a word")
+                self._answered = True
                 if first.HasField("go_away"):
                     self._go_away(first.go_away)
                     return
@@ -137,13 +137,17 @@ class Session:
                     self._disconnected.set()
                     self._delegate.disconnected()
 
+    async def _greet(self, call: Any) -> Any:
+        await call.write(agent_pb2.AgentMessage(hello=self._delegate.hello()))
+        return await call.read()
+
     async def _converse(self, call: Any, welcome: agent_pb2.Welcome) -> None:
         self._outbox.clear()
         self._outbox_filled.clear()
         self._disconnected.clear()
-        self.connected = self._welcomed = True
+        self.connected = True
         self.last_error = ""
-        self._longest_delay_s = min(LONGEST_DELAY_S, max(1.0, welcome.lease_ms / 4000))
+        self._patience.answered(welcome.lease_ms)
         heartbeats = Heartbeats(welcome, self._delegate, self, call)
         tasks = (asyncio.create_task(self._write(call)), asyncio.create_task(heartbeats.run()))
         try:

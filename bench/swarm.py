@@ -26,7 +26,7 @@ import grpc.aio
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from agent.session import CONNECT_TIMEOUT_S, FIRST_DELAY_S, LONGEST_DELAY_S
+from agent.patience import NobodyThere, Patience
 from coordinator.identity import Authority, Role
 from protos import agent_pb2, wire
 
@@ -123,7 +123,8 @@ class LightAgent:
         self._call: Any = None
         self._writing = asyncio.Lock()  # gRPC ends a call in which two messages are written at once
         self._forming: asyncio.Task[None] | None = None
-        self._longest_delay_s = LONGEST_DELAY_S
+        self._patience = Patience()
+        self._answered = False
         self._beat_sent_s = 0.0
         self.job_id = ""
         self.assignment = 0
@@ -134,13 +135,16 @@ class LightAgent:
         self.silent = False  # after a failure that it shall not recover from
 
     async def run(self) -> None:
-        delay_s = FIRST_DELAY_S
         while True:
-            self._welcomed = False
+            self._answered = False
+            unanswered = True
             try:
                 await self._attempt()
             except grpc.aio.AioRpcError as error:
                 self._swarm.trouble[f"{error.code().name}: {(error.details() or '')[:60]}"] += 1
+            except NobodyThere:
+                self._swarm.trouble["nobody there"] += 1
+                unanswered = False
             except TimeoutError:
                 self._swarm.trouble["no answer in time"] += 1
             except asyncio.CancelledError:
@@ -149,28 +153,28 @@ class LightAgent:
                     raise
             except asyncio.InvalidStateError:
                 pass
-            if self._welcomed:
-                delay_s = FIRST_DELAY_S
-            await asyncio.sleep(delay_s * random.uniform(0.5, 1.0))
-            delay_s = min(delay_s * 2, self._longest_delay_s)
+            unanswered = (
+                unanswered and not self._answered and await self._patience.knock(self._swarm.address())
+            )
+            await asyncio.sleep(self._patience.pause_s(unanswered=unanswered))
 
     async def _attempt(self) -> None:
         swarm = self._swarm
-        async with wire.aio_channel(self._identity, swarm.address()) as channel:
+        address = swarm.address()
+        async with wire.aio_channel(self._identity, address, connect_s=self._patience.wait_s) as channel:
             call = channel.stream_stream(
                 SESSION, request_serializer=agent_pb2.AgentMessage.SerializeToString
             )()
             beating = None
             try:
-                async with asyncio.timeout(CONNECT_TIMEOUT_S):
-                    await call.write(agent_pb2.AgentMessage(hello=self._hello()))
-                    first = await call.read()
+                first = await self._patience.answer(self._greet(call), channel, address)
+                self._answered = first is not grpc.aio.EOF
                 if first is grpc.aio.EOF or _FIRST.get(first[0]) != "welcome":
                     swarm.trouble["no welcome"] += 1
                     return
                 welcome = agent_pb2.CoordinatorMessage.FromString(first).welcome
-                self._longest_delay_s = min(LONGEST_DELAY_S, max(1.0, welcome.lease_ms / 4000))
-                self._call, self._welcomed = call, True
+                self._patience.answered(welcome.lease_ms)
+                self._call = call
                 swarm.open += 1
                 swarm.welcomed_s[self.id] = time.monotonic()
                 self.came.set()
@@ -184,6 +188,10 @@ class LightAgent:
                     swarm.open -= 1
                 if beating is not None:
                     beating.cancel()
+
+    async def _greet(self, call: Any) -> Any:
+        await call.write(agent_pb2.AgentMessage(hello=self._hello()))
+        return await call.read()
 
     def _hello(self) -> agent_pb2.Hello:
         probe = agent_pb2.Probe(

@@ -138,7 +138,7 @@ class Logs(Section):
 
 
 class Limits(Section):
-    hello_timeout: DurationMs = Field(default=10_000, ge=1)
+    hello_timeout: DurationMs = Field(default=60_000, ge=1)
     """A session whose first message does not come within this time is closed."""
     session_queue: int = Field(default=1_024, ge=8)
     """Messages that may wait for an agent that does not read; then its session is closed."""
@@ -153,7 +153,7 @@ class Limits(Section):
     enrolments_per_s: float = Field(default=20.0, gt=0)
     enrolments_burst: int = Field(default=200, ge=1)
     """Enrolments one address may try; beyond, they are refused with RATE_LIMITED.  A wrong token counts as ten."""
-    handshake_timeout: DurationMs = Field(default=10_000, ge=100, le=120_000)
+    handshake_timeout: DurationMs = Field(default=60_000, ge=100, le=120_000)
     """A connection whose TLS handshake takes longer is closed."""
     connections: int = Field(default=16_384, ge=16)
     """Connections that each port accepts at once."""

@@ -46,6 +46,8 @@ from protos.wire import SERVER_OPTIONS, split_address
 log = structlog.get_logger("coordinator.server")
 
 STOP_GRACE_S = 1.0
+_IN_LINE_S = 240
+"""No less than an agent's longest patience (agent/patience.py)."""
 _ENROLLING_S = 60
 """How long a connection to the enrolment port may last: a stranger needs it for one call."""
 
@@ -202,6 +204,11 @@ class Coordinator:
             ("grpc.max_concurrent_streams", 256),
             ("grpc.server_handshake_timeout_ms", limits.handshake_timeout),
             ("grpc.max_allowed_incoming_connections", limits.connections),
+            # Calls that are not begun yet wait in line.  By default gRPC drops them at random beyond a thousand,
+            # and all after half a minute: a fleet that comes back shakes hands for nothing then.
+            ("grpc.server.max_pending_requests", limits.connections),
+            ("grpc.server.max_pending_requests_hard_limit", limits.connections),
+            ("grpc.server_max_unrequested_time_in_server", _IN_LINE_S),
         ]
 
     def _main_server(self, key: bytes, chain: bytes) -> tuple[grpc.aio.Server, int]:

@@ -42,13 +42,11 @@ CHANNEL_OPTIONS: tuple[tuple[str, int | str], ...] = (
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.http2.max_pings_without_data", 0),
     ("grpc.initial_reconnect_backoff_ms", 200),
-    # How long a connection may take, too: TCP, TLS and HTTP/2 greet in four round trips, so 200 ms would fail
-    # every first attempt on a link of 100 ms.
-    ("grpc.min_reconnect_backoff_ms", 3_000),
     ("grpc.max_reconnect_backoff_ms", 5_000),
     ("grpc.enable_retries", 0),
     ("grpc.use_local_subchannel_pool", 1),
 )
+CONNECT_S = 3.0
 # A server has many peers.  gRPC's bandwidth probe enlarges each one's windows as long as that makes it faster, up
 # to what fits in memory (three agents: 132 to 260 MiB).  Without it, what a stream may send before it is read is
 # this much: at 100 ms and one stream 16 MiB/s were measured, more than a line of 100 Mbit/s takes.
@@ -175,8 +173,14 @@ def peer_name(agent_id: str) -> str:
     return f"{agent_id}.{PEER_DOMAIN}"
 
 
-def _options(name: str = SERVER_NAME) -> list[tuple[str, int | str]]:
-    return [*CHANNEL_OPTIONS, ("grpc.ssl_target_name_override", name)]
+def _options(name: str = SERVER_NAME, connect_s: float = CONNECT_S) -> list[tuple[str, int | str]]:
+    return [
+        *CHANNEL_OPTIONS,
+        # How long a connection may take, too: TCP, TLS and HTTP/2 greet in four round trips, so 200 ms would
+        # fail every first attempt on a link of 100 ms.
+        ("grpc.min_reconnect_backoff_ms", int(1000 * connect_s)),
+        ("grpc.ssl_target_name_override", name),
+    ]
 
 
 def _credentials(identity: Identity) -> grpc.ChannelCredentials:
@@ -187,9 +191,14 @@ def _credentials(identity: Identity) -> grpc.ChannelCredentials:
     )
 
 
-def aio_channel(identity: Identity, address: str | None = None) -> grpc.aio.Channel:
-    """An asyncio channel to the coordinator, mutually authenticated."""
-    return grpc.aio.secure_channel(address or identity.address, _credentials(identity), options=_options())
+def aio_channel(
+    identity: Identity, address: str | None = None, *, connect_s: float = CONNECT_S
+) -> grpc.aio.Channel:
+    """An asyncio channel to the coordinator, mutually authenticated.  `connect_s`: how long a connection may
+    take until TLS and HTTP/2 stand."""
+    return grpc.aio.secure_channel(
+        address or identity.address, _credentials(identity), options=_options(connect_s=connect_s)
+    )
 
 
 def peer_channel(identity: Identity, agent_id: str, address: str) -> grpc.aio.Channel:
