@@ -176,7 +176,7 @@ def run_options(command: Callable[..., Any]) -> Callable[..., Any]:
                 type=click.Choice(["auto", "off", "require"]),
                 default="auto",
                 show_default=True,
-                help="Let workers see only their job's files (Landlock); auto: CPU workers, where the kernel can.",
+                help="Let workers see only their job's files (Landlock); auto: where the kernel can.",
             ),
         )
     ):

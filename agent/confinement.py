@@ -74,11 +74,9 @@ def clean_environment(base: Mapping[str, str]) -> dict[str, str]:
     }
 
 
-def confines(mode: str, *, cards: bool) -> bool:
-    """Whether workers are confined under `--confine MODE`.  Raise BadInput where it is required and impossible.
-
-    `auto` leaves workers on cards alone: that CUDA and NCCL work within these paths has not been shown."""
-    if mode == "off" or (mode == "auto" and cards):
+def confines(mode: str) -> bool:
+    """Whether workers are confined under `--confine MODE`.  Raise BadInput where it is required and impossible."""
+    if mode == "off":
         return False
     possible = launch.landlock_version() > 0
     if mode == "require" and not possible:

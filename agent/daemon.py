@@ -189,10 +189,10 @@ class Agent:
             command=settings.worker_command,
             environments=worker_environments(os.environ, found.gpus, interface),
             advertise_host=host,
-            confined=confines(settings.confine, cards=bool(found.gpus)),
+            confined=confines(settings.confine),
         )
         if not self._workers.confined:
-            log.warning("workers.not_confined", confine=settings.confine, cards=len(found.gpus))
+            log.warning("workers.not_confined", confine=settings.confine)
         return found
 
     async def _renew_identity(self) -> None:

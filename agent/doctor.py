@@ -167,10 +167,7 @@ def _disk(home: Home) -> Iterator[Finding]:
 def _confinement() -> Finding:
     version = launch.landlock_version()
     if version:
-        detail = (
-            f"Landlock {version}: CPU workers see only their job's files; on cards with --confine require"
-        )
-        return ok("confinement", detail)
+        return ok("confinement", f"Landlock {version}: workers see only their job's files")
     return Finding(
         level="warn",
         subject="confinement",

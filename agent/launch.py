@@ -19,6 +19,8 @@ import struct
 import sys
 from collections.abc import Sequence
 
+OWN_THREADS = "/proc/self/task"
+
 CREATE_RULESET, ADD_RULE, RESTRICT_SELF = 444, 445, 446
 RULE_PATH_BENEATH = 1
 PR_SET_NO_NEW_PRIVS = 38
@@ -38,7 +40,11 @@ def landlock_version() -> int:
 
 def confine(read: Sequence[str], write: Sequence[str]) -> None:
     """Take everything away from this process but these paths and what lies beneath them.  Paths that do not
-    exist are passed over.  Raise OSError."""
+    exist are passed over.  Raise OSError.
+
+    Its own OWN_THREADS may be written: CUDA names its threads there and gives up (error 304) where it cannot.
+    The kernel makes that directory anew when it has forgotten it, so a descriptor stays open to keep the one that
+    is allowed.  Other processes, those that this one starts among them, have theirs elsewhere."""
     version = landlock_version()
     handled = FIRST_ABI | (REFER if version >= 2 else 0) | (TRUNCATE if version >= 3 else 0)
     scoped = SCOPE_SIGNAL if version >= 6 else 0
@@ -48,6 +54,8 @@ def confine(read: Sequence[str], write: Sequence[str]) -> None:
     for paths, rights in ((read, READ), (write, handled)):
         for path in paths:
             _allow(ruleset, path, rights)
+    _allow(ruleset, OWN_THREADS, handled & OF_FILES | READ_DIR)
+    os.set_inheritable(os.open(OWN_THREADS, os.O_PATH), True)
     _checked(_syscall(RESTRICT_SELF, ruleset, 0), "restrict itself by Landlock")
     os.close(ruleset)
 

@@ -1,6 +1,7 @@
 """Recovery with NCCL: three ranks on one CUDA card and, where there are two cards, 2 → 1 → 2 on two.
 
     python -m bench.gpu_recovery [--json] [--repeats 5] [--device cuda|cpu]
+                                 [--confine auto|off|require]
 
 Prints the table (or, with --json, one JSON list) and writes gpu_recovery.json, with the card and the
 versions beside the rows, to $OUT or the current directory.  `--device cpu` is a rehearsal without a card.
@@ -16,6 +17,7 @@ import platform
 import random
 from pathlib import Path
 
+from agent.launch import landlock_version
 from bench.fleets.fleet import Shape
 from bench.fleets.muster import Muster
 from bench.recovery import Lot, chosen, measure, rows_of
@@ -42,9 +44,17 @@ def describe(device: str) -> dict[str, object]:
     return found
 
 
-def layouts(device: str, cards: int, silence_s: float, step_delay_ms: int) -> dict[str, Shape]:
+def layouts(args: argparse.Namespace, cards: int) -> dict[str, Shape]:
     """Which fleets to measure on so many cards."""
-    one = Shape(world=3, min_world=2, device=device, silence_s=silence_s, step_delay_ms=step_delay_ms)
+    device: str = args.device
+    one = Shape(
+        world=3,
+        min_world=2,
+        device=device,
+        silence_s=args.silence_s,
+        step_delay_ms=args.step_delay_ms,
+        confine=args.confine,
+    )
     found = {"3 ranks on 1 card" if device == "cuda" else "3 ranks on the CPU": one}
     if cards >= 2:
         found["2 ranks on 2 cards"] = dataclasses.replace(one, world=2, min_world=1, cards=2)
@@ -59,8 +69,9 @@ def main() -> None:
     parser.add_argument("--cases", type=chosen(set(CASES)), default=list(CASES))
     parser.add_argument("--silence-s", type=float, default=1.0, help="the lease")
     parser.add_argument("--step-delay-ms", type=int, default=20)
+    parser.add_argument("--confine", choices=("auto", "off", "require"), default="auto", help="the workers")
     args = parser.parse_args()
-    made_with = describe(args.device)
+    made_with = describe(args.device) | {"landlock": landlock_version(), "confine": args.confine}
     cards = made_with.get("cards", [])
     assert isinstance(cards, list)
     if args.device == "cuda" and not cards:
@@ -68,7 +79,7 @@ def main() -> None:
     rng = random.Random(1)
     rows: list[Row] = []
     path = Path(os.environ.get("OUT", ".")) / "gpu_recovery.json"
-    for layout, shape in layouts(args.device, len(cards), args.silence_s, args.step_delay_ms).items():
+    for layout, shape in layouts(args, len(cards)).items():
         # One fleet for all cases of a layout: with CUDA a start takes long, and time on cards is short.
         with Lot(lambda shape=shape: Muster(shape)) as lot:  # type: ignore[misc]
             for case in args.cases:

@@ -40,6 +40,8 @@ class Shape:
     cards: int = 1
     """CUDA cards that members take turns in."""
     seed: int = 1
+    confine: str = "auto"
+    """Whether Muster's agents confine their workers (`muster-agent --confine`)."""
 
 
 class Fleet(abc.ABC):

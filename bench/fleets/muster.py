@@ -73,6 +73,7 @@ class Muster(Fleet):
         argv = [
             *(str(_BIN / "muster-agent"), "join", "--token", self._token),
             *("--home", str(self.home / name), "--name", name, "--advertise", "127.0.0.1"),
+            *("--confine", self.shape.confine),
             *self.placement(index),
             self._addresses["enroll"],
         ]

@@ -43,6 +43,8 @@ seen = {
     "write": tried(lambda: Path(looked_for["outside"]).write_text("x")),
     "signal": tried(lambda: os.kill(os.getppid(), signal.SIGCONT)),
     "parent's memory": tried(lambda: open(f"/proc/{os.getppid()}/mem", "rb").close()),
+    "another process": tried(lambda: Path(f"/proc/{os.getppid()}/oom_score_adj").write_text("1000")),
+    "own threads": tried(lambda: Path(f"/proc/self/task/{os.getpid()}/comm").write_text("nosy")),
     "own blob": tried(lambda: Path("cache/blobs/own").write_text("x")),
     "own trace": tried(lambda: Path(os.environ["MUSTER_STEP_TRACE"]).write_text("x")),
     "temporary": tempfile.gettempdir(),

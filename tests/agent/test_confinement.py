@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import subprocess
@@ -11,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+import torch.distributed as dist
 
 from agent import launch
 from agent.confinement import OPEN_FILES, Launch, _code, clean_environment, confines
@@ -18,6 +21,7 @@ from agent.errors import BadInput
 from agent.home import Home
 from agent.workers import Exit, Worker
 
+CONFINED_RANK = str(Path(__file__).with_name("confined_rank.py"))
 NOSY = str(Path(__file__).with_name("nosy_worker.py"))
 LANDLOCK = pytest.mark.skipif(launch.landlock_version() == 0, reason="this kernel has no Landlock")
 TRUSTED = {
@@ -88,7 +92,8 @@ def check_limits(seen: dict[str, Any]) -> None:
 async def test_a_confined_worker_reaches_its_job_and_nothing_of_its_host(home: Home, tmp_path: Path) -> None:
     seen = await seen_by_a_worker(home, tmp_path, confined=True)
     check_limits(seen)
-    for what in ("read", "write", "signal", "parent's memory"):
+    assert seen["own threads"] == "done"  # without it CUDA does not start
+    for what in ("read", "write", "signal", "parent's memory", "another process"):
         assert seen[what] == "PermissionError", what
     assert not (tmp_path / "outside").exists()
     assert seen["temporary"] == str(home.job("j1").temporary)
@@ -102,17 +107,47 @@ async def test_a_worker_that_is_not_confined_has_its_limits_all_the_same(home: H
 
 def test_confinement_that_is_required_and_impossible_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launch, "landlock_version", lambda: 0)
-    assert not confines("auto", cards=False)
-    assert not confines("off", cards=False)
+    assert not confines("auto")
+    assert not confines("off")
     with pytest.raises(BadInput, match="no Landlock"):
-        confines("require", cards=False)
+        confines("require")
 
 
-def test_workers_on_cards_are_confined_only_when_it_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_workers_are_confined_unless_it_is_turned_off(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launch, "landlock_version", lambda: 4)
-    assert confines("auto", cards=False)
-    assert not confines("auto", cards=True)
-    assert confines("require", cards=True)
+    assert confines("auto")
+    assert confines("require")
+    assert not confines("off")
+
+
+@LANDLOCK
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.timeout(300)
+def test_confined_workers_compile_and_join_one_group_with_nccl(home: Home) -> None:
+    home.prepare()
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    with contextlib.ExitStack() as ranks:
+        started = []
+        for rank in range(2):
+            start = Launch(files=home.job("j1"), blobs=home.blobs, confined=True)
+            settings = {"NCCL_HOSTID": f"host-{rank}", "NCCL_SOCKET_IFNAME": "lo", "NCCL_NVLS_ENABLE": "0"}
+            environment = start.environment(clean_environment({**os.environ, **settings}))
+            command = (sys.executable, CONFINED_RANK, str(rank), "2", str(store.port), "compile")
+            process = subprocess.Popen(
+                start.command(command, environment),
+                env=environment,
+                cwd=start.files.root,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+            ranks.enter_context(process)
+            ranks.callback(process.kill)
+            started.append(process)
+        for process in started:
+            said, complaint = process.communicate()
+            assert (process.returncode, said) == (0, "1.0\n"), complaint
 
 
 def test_the_agents_own_environment_is_closed_to_others_of_its_user() -> None:
