@@ -141,4 +141,4 @@ def _code(command: Sequence[str], environment: Mapping[str, str]) -> list[str]:
 
 
 def _devices() -> list[str]:
-    return [str(path) for path in Path("/dev").glob("nvidia*")]
+    return ["/dev/dxg", *(str(path) for path in Path("/dev").glob("nvidia*"))]  # dxg: a card under WSL

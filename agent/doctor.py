@@ -4,26 +4,33 @@ with what to do about it."""
 from __future__ import annotations
 
 import contextlib
+import os
 import shutil
 import socket
+import subprocess
+import sys
+import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Literal
 
 import grpc
 from cryptography import x509
 
 from agent import launch
+from agent.confinement import Launch, clean_environment
 from agent.enroll import fetch_certificates, validity
 from agent.errors import AgentError
-from agent.home import Home
+from agent.home import Home, JobFiles
 from agent.network import address_of, interface_of, reaching_address
 from protos import agent_pb2, agent_pb2_grpc, wire
 
 DISK_WANTED_BYTES = 10 * 2**30
 DISK_NEEDED_BYTES = 2**30
 ANSWER_TIMEOUT_S = 10.0
+CUDA_TIMEOUT_S = 120.0
 
 Level = Literal["ok", "warn", "fail"]
 
@@ -56,7 +63,7 @@ def examine(question: Question) -> Iterator[Finding]:
     yield from _torch()
     yield from _cards(question.gpus)
     yield from _disk(question.home)
-    yield _confinement()
+    yield from _confinement(question)
     identity = None
     try:
         identity = wire.Identity.load(question.home.identity)
@@ -164,15 +171,54 @@ def _disk(home: Home) -> Iterator[Finding]:
         yield ok("disk", detail)
 
 
-def _confinement() -> Finding:
+def _confinement(question: Question) -> Iterator[Finding]:
     version = launch.landlock_version()
-    if version:
-        return ok("confinement", f"Landlock {version}: workers see only their job's files")
+    if not version:
+        yield Finding(
+            level="warn",
+            subject="confinement",
+            detail="this kernel has no Landlock: workers would run with all rights of this user",
+            advice="run the agent as a user of its own, or on Linux 5.13 or newer; docs/security.md says more",
+        )
+        return
+    yield ok("confinement", f"Landlock {version}: workers see only their job's files")
+    with contextlib.suppress(AgentError, OSError):  # a home that cannot be used was found above
+        from agent import probe
+
+        if probe.lent(question.gpus, probe.cards()[0]) and "nccl" in probe.backends():
+            yield confined_start(question.home)
+
+
+def confined_start(home: Home, program: str = "import torch; torch.cuda.init()") -> Finding:
+    """Whether CUDA starts as confined as a worker is, which takes seconds; `program` is what is started."""
+    with tempfile.TemporaryDirectory(prefix="doctor-", dir=home.root) as root:
+        start = Launch(files=JobFiles(root=Path(root)), blobs=home.blobs, confined=True)
+        start.files.temporary.mkdir()
+        environment = start.environment(clean_environment(os.environ))
+        try:
+            done = subprocess.run(
+                start.command((sys.executable, "-c", program), environment),
+                env=environment,
+                cwd=root,
+                capture_output=True,
+                text=True,
+                timeout=CUDA_TIMEOUT_S,
+                check=False,
+            )
+            complaint = ""
+            if done.returncode != 0:
+                said = done.stderr.strip().rpartition("\n")[2][:500]
+                complaint = said or f"exit code {done.returncode}"
+        except subprocess.TimeoutExpired:
+            complaint = f"it took more than {CUDA_TIMEOUT_S:.0f} s"
+    if not complaint:
+        return ok("confined CUDA", "starts")
     return Finding(
-        level="warn",
-        subject="confinement",
-        detail="this kernel has no Landlock: workers would run with all rights of this user",
-        advice="run the agent as a user of its own, or on Linux 5.13 or newer; docs/security.md says more",
+        level="fail",
+        subject="confined CUDA",
+        detail=f"CUDA does not start in a confined worker: {complaint}",
+        advice="if `python -c 'import torch; torch.cuda.init()'` fails, too, mend driver and torch; if not, "
+        "run the agent with --confine off, as a user of its own",
     )
 
 

@@ -12,8 +12,9 @@ import pytest
 from click.testing import CliRunner, Result
 
 from agent.cli import cli
-from agent.doctor import Finding, Question, examine
+from agent.doctor import Finding, Question, confined_start, examine
 from agent.home import Home
+from agent.launch import landlock_version
 from protos import wire
 from tests.agent.fake_coordinator import Authority, FakeCoordinator
 
@@ -140,6 +141,19 @@ def test_doctor_says_what_to_do_about_each_failure(expired: Home) -> None:
     assert {"certificate", "port", "advertise"} <= set(failures)
     assert all(failure["advice"] for failure in failures.values())
     assert "--advertise" in failures["advertise"]["advice"]
+
+
+@pytest.mark.skipif(landlock_version() == 0, reason="this kernel has no Landlock")
+def test_doctor_starts_cuda_as_confined_as_a_worker(home: Home) -> None:
+    home.prepare()
+    secret = home.root / "identity.json"
+    secret.write_text("a private key")
+    found = confined_start(home, f"open({str(secret)!r})")
+    assert found.level == "fail"
+    assert "PermissionError" in found.detail
+    assert "--confine off" in found.advice
+    assert confined_start(home, "import torch").level == "ok"
+    assert not list(home.root.glob("doctor-*"))
 
 
 def test_long_home_keeps_its_sockets_where_their_names_fit(tmp_path: Path) -> None:
