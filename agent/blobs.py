@@ -595,6 +595,11 @@ class ShardReports:
         return self._outstanding[job_id]
 
     @property
+    def all_stored(self) -> bool:
+        """Whether nothing is outstanding, of any job."""
+        return not self._outstanding
+
+    @property
     def waiting(self) -> set[str]:
         """Digests of what is not stored yet: no copy but ours may be anywhere."""
         return set(self._waiting).difference(("",))

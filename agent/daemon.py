@@ -407,6 +407,7 @@ class Agent:
             tokens_per_s=job.tokens_per_s if job is not None else 0.0,
             transfer_bytes=min(haul.done, haul.total) if haul is not None else 0,
             transfer_total=haul.total if haul is not None else 0,
+            all_stored=self._reports.all_stored,
         )
 
     def welcomed(self, welcome: agent_pb2.Welcome) -> None:

@@ -435,6 +435,7 @@ def heartbeat(message: agent_pb2.Heartbeat, agent_id: AgentId, session_id: Sessi
         tokens_per_s=_finite(message.tokens_per_s, "heartbeat.tokens_per_s"),
         disk_free_bytes=_whole(message.disk_free_bytes, "heartbeat.disk_free_bytes"),
         fetched_bytes=fetching(message)[0],
+        all_stored=message.all_stored,
     )
 
 
@@ -630,7 +631,6 @@ def plan(job_id: JobId, generation: Generation, checkpoint_json: str, lineage: i
             cut = agent_pb2.CUT_ABORT
         case _:
             assert_never(generation.cut)
-    holders = frozenset(generation.holders)
     return agent_pb2.Plan(
         job_id=job_id,
         generation=generation.number,
@@ -641,7 +641,7 @@ def plan(job_id: JobId, generation: Generation, checkpoint_json: str, lineage: i
                 first_rank=member.first_rank,
                 worker_count=member.worker_count,
                 host=member.host,
-                holds_state=member.agent_id in holders,
+                holds_state=member.holds_state,
                 upload_weight=member.upload_weight,
             )
             for member in generation.members

@@ -217,7 +217,7 @@ class Membership(_message.Message):
     def __init__(self, job_id: _Optional[str] = ..., generation: _Optional[int] = ...) -> None: ...
 
 class Heartbeat(_message.Message):
-    __slots__ = ("sequence", "disk_free_bytes", "step", "activity", "tokens_per_s", "transfer_bytes", "transfer_total")
+    __slots__ = ("sequence", "disk_free_bytes", "step", "activity", "tokens_per_s", "transfer_bytes", "transfer_total", "all_stored")
     SEQUENCE_FIELD_NUMBER: _ClassVar[int]
     DISK_FREE_BYTES_FIELD_NUMBER: _ClassVar[int]
     STEP_FIELD_NUMBER: _ClassVar[int]
@@ -225,6 +225,7 @@ class Heartbeat(_message.Message):
     TOKENS_PER_S_FIELD_NUMBER: _ClassVar[int]
     TRANSFER_BYTES_FIELD_NUMBER: _ClassVar[int]
     TRANSFER_TOTAL_FIELD_NUMBER: _ClassVar[int]
+    ALL_STORED_FIELD_NUMBER: _ClassVar[int]
     sequence: int
     disk_free_bytes: int
     step: int
@@ -232,7 +233,8 @@ class Heartbeat(_message.Message):
     tokens_per_s: float
     transfer_bytes: int
     transfer_total: int
-    def __init__(self, sequence: _Optional[int] = ..., disk_free_bytes: _Optional[int] = ..., step: _Optional[int] = ..., activity: _Optional[str] = ..., tokens_per_s: _Optional[float] = ..., transfer_bytes: _Optional[int] = ..., transfer_total: _Optional[int] = ...) -> None: ...
+    all_stored: bool
+    def __init__(self, sequence: _Optional[int] = ..., disk_free_bytes: _Optional[int] = ..., step: _Optional[int] = ..., activity: _Optional[str] = ..., tokens_per_s: _Optional[float] = ..., transfer_bytes: _Optional[int] = ..., transfer_total: _Optional[int] = ..., all_stored: _Optional[bool] = ...) -> None: ...
 
 class Ready(_message.Message):
     __slots__ = ("job_id", "store_host", "store_port", "step", "holds_state", "state_digest", "assignment", "generation")

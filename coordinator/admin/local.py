@@ -35,7 +35,7 @@ FALL = 0.9
 QUIET = frozenset(
     {
         "TokenCreated", "AgentAdmitted", "AgentSuspected", "AgentUnassigned", "StepsCommitted", "MemberFormed",
-        "MemberReleased", "MemberFinished", "ShardRecorded", "CheckpointRetired",
+        "MemberReleased", "MemberStored", "MemberFinished", "ShardRecorded", "CheckpointRetired",
     }
 )  # fmt: skip
 """Events that a progress view does not show."""

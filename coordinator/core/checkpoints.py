@@ -248,8 +248,12 @@ def vouched(state: State, job: Job, pending: PendingCheckpoint, now_ms: int) -> 
         if len({agent_id for found in known for agent_id in found.members}) == 1:
             return Alone.ONLY_MEMBER
         others = (a for found in known for a in found.members if a not in found.gone and a not in agree)
-        if not any(serving(state, job, agent_id) for agent_id in others):
+        there = [agent_id for agent_id in others if serving(state, job, agent_id)]
+        if not there:
             return Alone.MEMBERS_GONE
+        left = job.generation
+        if left is not None and not left.members and not {*left.leaving, *left.uploading}.intersection(there):
+            return Alone.MEMBERS_SILENT  # who is out, and has stored all, has spoken
     # While the coordinator was away nobody could speak.
     until_ms = max(pending.whole_ms, state.started_ms) + state.timing.witness_ms
     if now_ms >= until_ms:
@@ -702,9 +706,14 @@ def _is_json_object(text: str) -> bool:
 
 
 def _to_drop(job: Job) -> PendingCheckpoint:
-    """The one that nobody has committed steps for, else the oldest."""
+    """The oldest if a newer checkpoint is whole; else the one that nobody has committed steps for, else the oldest.
+
+    What is only a moment ahead may be the job's last, whose shards nobody reports again."""
+    newest, oldest = newest_good(job), job.pending[0]
+    if newest is not None and oldest.step < newest.step:
+        return oldest
     ahead = [p for p in job.pending if _is_ahead(job, p.step)]
-    return ahead[-1] if ahead else job.pending[0]
+    return ahead[-1] if ahead else oldest
 
 
 def _is_ahead(job: Job, step: int) -> bool:

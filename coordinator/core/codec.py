@@ -61,6 +61,7 @@ from coordinator.core.model import (
     MemberFormed,
     MemberLost,
     MemberReleased,
+    MemberStored,
     PeerAccused,
     PeerTrusted,
     PendingDropped,
@@ -345,6 +346,8 @@ def describe(record: Record) -> str:
             return f"agent {record.agent_id} finished at step {record.step}"
         case MemberReleased():
             return f"agent {record.agent_id} is out of job {record.job_id} by generation {record.generation}"
+        case MemberStored():
+            return f"agent {record.agent_id} has nothing more to store for job {record.job_id}"
         case MemberLost():
             evidence = record.evidence.value
             return f"generation {record.generation} lost agent {record.agent_id}: {evidence}{_because(record.detail)}"

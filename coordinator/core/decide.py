@@ -70,6 +70,7 @@ from coordinator.core.model import (
     MemberFormed,
     MemberLost,
     MemberReleased,
+    MemberStored,
     PeerAccused,
     PeerTrusted,
     PreparationForgiven,
@@ -373,9 +374,21 @@ def _heartbeat(state: State, now_ms: int, agent: Agent, event: HeartbeatReceived
         disk_free_bytes=event.disk_free_bytes,
         fetched_bytes=event.fetched_bytes,
     )
+    stored = _all_stored(state, now_ms, agent) if event.all_stored else ()
     if agent.presence is Presence.LOST:
-        return _accept(renewed, AgentReturned(at_ms=now_ms, agent_id=agent.agent_id))
-    return _accept(renewed)
+        return _accept(renewed, AgentReturned(at_ms=now_ms, agent_id=agent.agent_id), *stored)
+    return _accept(renewed, *stored)
+
+
+def _all_stored(state: State, now_ms: int, agent: Agent) -> tuple[Record, ...]:
+    """A session keeps its order: whoever is out of the generation had written its shards before it said so."""
+    job = state.jobs[agent.job_id] if agent.job_id is not None else None
+    generation = job.generation if job is not None else None
+    if job is None or generation is None or agent.agent_id not in generation.uploading:
+        return ()
+    return (
+        MemberStored(at_ms=now_ms, job_id=job.job_id, generation=generation.number, agent_id=agent.agent_id),
+    )
 
 
 # ------------------------------------------------------------------------ an agent of a job

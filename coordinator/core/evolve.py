@@ -60,6 +60,7 @@ from coordinator.core.model import (
     MemberFormed,
     MemberLost,
     MemberReleased,
+    MemberStored,
     PeerAccused,
     PeerTrusted,
     PendingCheckpoint,
@@ -248,6 +249,8 @@ def evolve(state: State, record: Record) -> None:
             _set_and_look(
                 state, record.agent_id, last_generation=0, progress_ms=record.at_ms, fetched_bytes=0
             )
+        case MemberStored():
+            _forget_uploading(state, state.jobs[record.job_id], record.agent_id)
         case MemberLost():
             job, generation = _generation(state, record.job_id)
             _set_generation(
@@ -533,9 +536,13 @@ def _forget_upload(state: State, agent: Agent) -> None:
         return
     job = state.jobs[agent.job_id]
     job = _set_job(state, job, rosters=_struck_off(job.rosters, agent.agent_id))
+    _forget_uploading(state, job, agent.agent_id)
+
+
+def _forget_uploading(state: State, job: Job, agent_id: AgentId) -> None:
     generation = job.generation
-    if generation is not None and agent.agent_id in generation.uploading:
-        uploading = _without(generation.uploading, agent.agent_id)
+    if generation is not None and agent_id in generation.uploading:
+        uploading = _without(generation.uploading, agent_id)
         _set_generation(state, job, replace(generation, uploading=uploading))
 
 

@@ -346,6 +346,9 @@ def _reform(
 def _cut(state: State, job: Job, generation: Generation, alive: tuple[AgentId, ...]) -> Proposal | NotYet:
     """The generation runs: end it after a step if someone leaves, or may come in (rules 5 and 10)."""
     if generation.finished:
+        if _last_is_lost(state, job, generation):
+            detail = f"nobody has anything left to store of checkpoint {generation.finished_step}"
+            return _reform(state, job, generation, alive, Why.RETRY, 0, detail)
         return NotYet(why=Why.CHECKPOINTING, have=len(generation.finished), need=len(generation.members))
     stopping = job.phase is JobPhase.STOPPING
     leavers = alive if stopping else roll(state, job).draining
@@ -387,6 +390,20 @@ def _cut(state: State, job: Job, generation: Generation, alive: tuple[AgentId, .
             ),
         )
     return _led(state, job, generation, _take_in(state, job, generation, members, cut))
+
+
+def _last_is_lost(state: State, job: Job, generation: Generation) -> bool:
+    """Whether all have finished, which they say once all their shards are reported, and the last checkpoint
+    lacks some: it was given up for another, or a report was refused.  They form again, and store it anew."""
+    step = generation.finished_step
+    newest = newest_good(job)
+    if job.spec.launch == "torchrun" or (newest is not None and newest.step >= step):
+        return False
+    there = [a for a in generation.holders if serving(state, job, a)]
+    if not there or not frozenset(generation.finished).issuperset(there):
+        return False
+    pending = next((p for p in job.pending if p.step == step), None)
+    return pending is None or len(pending.shards) < pending.count
 
 
 def _take_in(
@@ -501,7 +518,7 @@ def plan(state: State, job: Job, proposal: Proposal, now_ms: int) -> tuple[Recor
     assert store is not None or released, f"{members[:1]} leads but names no store"
     generation = Generation(
         number=job.generation_count + 1,
-        members=_ranked(state, members),
+        members=_ranked(state, members, frozenset(holders)),
         store_host=store.store_host if store is not None else "",
         store_port=store.store_port if store is not None else 0,
         cut=proposal.cut,
@@ -561,7 +578,7 @@ def upload_weights(agents: Sequence[Agent]) -> tuple[int, ...]:
     )
 
 
-def _ranked(state: State, members: tuple[AgentId, ...]) -> tuple[Member, ...]:
+def _ranked(state: State, members: tuple[AgentId, ...], holders: frozenset[AgentId]) -> tuple[Member, ...]:
     weights = upload_weights([state.agents[agent_id] for agent_id in members])
     ranked: list[Member] = []
     first_rank = 0
@@ -576,6 +593,7 @@ def _ranked(state: State, members: tuple[AgentId, ...]) -> tuple[Member, ...]:
                 worker_count=workers,
                 host=facts.advertise_host or facts.hostname,
                 upload_weight=weights[group_rank],
+                holds_state=agent_id in holders,
             )
         )
         first_rank += workers

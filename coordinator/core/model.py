@@ -364,6 +364,9 @@ class Member:
     upload_weight: int = (
         0  # its part of a checkpoint's shards is in proportion to this; 0: all have equal parts
     )
+    holds_state: bool = False
+    """Whether its state counted when the generation was planned.  All members are told the same of it, whenever
+    they hear of the plan: else each would take another's state for the one to heal from."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -388,7 +391,8 @@ class Generation:
     leaving: tuple[AgentId, ...] = ()
     """Agents of superseded generations that are not members here and have not said they are out."""
     uploading: tuple[AgentId, ...] = ()
-    """Agents that left at the cut of a generation without members, and may still be storing its checkpoint."""
+    """Agents that left at the cut of a generation without members, and have not said that all they had of its
+    checkpoint is stored."""
     gone: tuple[AgentId, ...] = ()
     """Members, or agents leaving, that are out for good though their agent may live."""
     holders: tuple[AgentId, ...] = ()
@@ -612,6 +616,8 @@ class HeartbeatReceived:
     disk_free_bytes: int
     fetched_bytes: int = 0
     """Of the dataset or checkpoint that it is fetching."""
+    all_stored: bool = False
+    """Whether every shard that its workers have written is stored and reported."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -1069,6 +1075,16 @@ class MemberReleased:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class MemberStored:
+    """An agent that left at the cut has nothing more to store of the last checkpoint."""
+
+    at_ms: int
+    job_id: JobId
+    generation: int
+    agent_id: AgentId
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class MemberLost:
     """A member, or an agent still leaving, is out of the generation for good; its agent may live and
     come back as a joiner.  (A member whose *agent* is lost needs no such record: it is a member again
@@ -1382,6 +1398,7 @@ DurableRecord = (
     | MemberFormed
     | MemberFinished
     | MemberReleased
+    | MemberStored
     | MemberLost
     | CollectiveFailed
     | StatesDiffered

@@ -122,9 +122,11 @@ async def test_a_shard_whose_line_was_cut_goes_on_where_it_broke_off(
             )
             reports.add(report)
             assert reports.waiting == {piece.digest}
+            assert not reports.all_stored
             async with asyncio.timeout(60):
                 await reports.idle()
             assert reports.waiting == set()
+            assert reports.all_stored
         assert relay.cuts == 1
         assert received(c) == len(data), "no byte was taken twice"
         assert c.coordinator._store.verify(piece.digest, piece.bytes) == ""

@@ -88,6 +88,11 @@ def test_a_heartbeat_with_an_impossible_speed_is_malformed(speed: float) -> None
         translate.heartbeat(agent_pb2.Heartbeat(tokens_per_s=speed), AGENT, SESSION)
 
 
+def test_a_heartbeat_says_whether_all_is_stored_and_an_older_agent_s_does_not() -> None:
+    assert translate.heartbeat(agent_pb2.Heartbeat(all_stored=True), AGENT, SESSION).all_stored
+    assert not translate.heartbeat(agent_pb2.Heartbeat(), AGENT, SESSION).all_stored
+
+
 def steps(*numbers: int, **changes: Any) -> list[agent_pb2.StepRecord]:
     return [agent_pb2.StepRecord(**{"step": n, "generation": 1, "tokens": 8.0, **changes}) for n in numbers]
 
@@ -294,3 +299,17 @@ def test_a_plan_is_worded_once_for_all_its_members_and_again_when_it_changes() -
     assert told("a2", first) is once
     assert told("a1", replace(first, number=2)) != once
     assert told("a1", first, "{}") != once
+
+
+@pytest.mark.parametrize("counts", [True, False])
+def test_a_plan_says_whose_state_counts_by_the_plan_whoever_is_gone_since(counts: bool) -> None:
+    member = Member(
+        agent_id=AgentId("a1"), group_rank=0, first_rank=0, worker_count=1, host="h", holds_state=counts
+    )
+    generation = Generation(
+        number=1, members=(member,), store_host="h", store_port=1, cut=Cut.ABORT, why=Why.FORMED, planned_ms=0,
+        deadline_ms=1, committed_step=4, committed_digest="", from_checkpoint_step=None, fresh=False,
+        holders=() if counts else (AgentId("a1"),),
+    )  # fmt: skip
+    (told,) = translate.plan(JobId("j"), generation, "", 1).members
+    assert told.holds_state is counts

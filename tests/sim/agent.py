@@ -296,6 +296,7 @@ class Process:
                 activity="idle" if job is None else "busy",
                 mark=mark,
                 fetched_bytes=self.machine.fetched_bytes,
+                all_stored=self.reports.all_stored,
             )
         )
         self.timer(self.fleet.timing.heartbeat_ms, self._beat, session)
@@ -445,6 +446,10 @@ class ShardReports:
     def outstanding(self, job_id: str) -> int:
         return self._outstanding.get(job_id, 0)
 
+    @property
+    def all_stored(self) -> bool:
+        return not any(self._outstanding.values())
+
     def add(self, report: ShardReported) -> None:
         self._outstanding[report.job_id] = self.outstanding(report.job_id) + 1
         self._process.timer(self._process.world.between(10, 100), self._store, Upload(report))
@@ -499,7 +504,7 @@ class ShardReports:
             self._look()
 
     def _look(self) -> None:
-        if not any(self._outstanding.values()):
+        if self.all_stored:
             waiting, self._waiting = self._waiting, []
             for then in waiting:
                 self._process.later(0, then)
@@ -810,7 +815,7 @@ class JobRun:
             self._backlog = 0
             self.ledger.rewind(plan.committed_step)
             self.ledger.forget_evaluations(0)
-        elif member and self.process.agent_id not in plan.holders:
+        elif member and not any(m.holds_state for m in plan.members if m.agent_id == self.process.agent_id):
             self.ledger.rewind(max(plan.committed_step, self._backlog))
             self.ledger.forget_evaluations(self._backlog)
 

@@ -65,6 +65,7 @@ class Beat:
     activity: str
     mark: int
     fetched_bytes: int = 0
+    all_stored: bool = False
 
 
 @dataclass(slots=True, kw_only=True)
@@ -410,6 +411,7 @@ class Coordinator:
                     tokens_per_s=0.0,
                     disk_free_bytes=0,
                     fetched_bytes=message.fetched_bytes,
+                    all_stored=message.all_stored,
                 )
                 self.submit(event, released=lambda _, reply: self._beaten(session, message.mark, reply))
             case ProgressReport():

@@ -260,8 +260,7 @@ class Fleet:
     def holder_ranks(self, plan: Generation) -> list[int]:
         """The ranks whose state counts by `plan`."""
         if self._holders[0] is not plan:
-            holding = frozenset(plan.holders)
-            members = (m for m in plan.members if m.agent_id in holding)
+            members = (m for m in plan.members if m.holds_state)
             ranks = [r for m in members for r in range(m.first_rank, m.first_rank + m.worker_count)]
             self._holders = (plan, ranks)
         return self._holders[1]
@@ -756,8 +755,6 @@ class Fleet:
                 if job.phase is JobPhase.PAUSED and job_id not in resumed:
                     resumed[job_id] = None
                     self.command(JobCommanded(job_id=job_id, action=JobAction.RESUME))
-                    limit_ms = max(limit_ms, self.world.now_ms + self.bound_ms(self.trainings[job_id]))
-                elif job.phase is JobPhase.STOPPING and job_id not in resumed:
                     limit_ms = max(limit_ms, self.world.now_ms + self.bound_ms(self.trainings[job_id]))
                 if job.phase in ENDED or (
                     job.committed_step >= waiting[job_id] and job.phase is JobPhase.RUNNING
