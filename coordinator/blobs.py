@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import BinaryIO, Protocol
 
 from coordinator.core.model import Refusal
+from coordinator.files import sync_directory, write_whole
 
 DIGEST = re.compile(r"^[0-9a-f]{64}$")
 MANIFEST = re.compile(r"manifests/([A-Za-z0-9_-][A-Za-z0-9._-]{0,63})/([1-9][0-9]{0,17})\.json")
@@ -315,7 +316,7 @@ class DirectoryStore:
             os.fsync(file.fileno())
             target.parent.mkdir(exist_ok=True)
             os.replace(temporary, target)
-            _sync_directory(target.parent)
+            sync_directory(target.parent)
 
         return self._incoming.begin(digest, size, keep, sender=sender, offset=offset)
 
@@ -377,18 +378,8 @@ class DirectoryStore:
         for folder in (path.parent.parent, path.parent):
             if not folder.exists():
                 folder.mkdir(exist_ok=True)
-                _sync_directory(folder.parent)
-        descriptor, temporary = tempfile.mkstemp(dir=self._root / "incoming")
-        try:
-            with os.fdopen(descriptor, "wb") as file:
-                file.write(text.encode())
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        except BaseException:
-            Path(temporary).unlink(missing_ok=True)
-            raise
-        _sync_directory(path.parent)
+                sync_directory(folder.parent)
+        write_whole(path, text.encode(), beside=self._root / "incoming")
 
     def remove_manifest(self, job_id: str, step: int) -> None:
         path = self._manifest(job_id, step)
@@ -543,14 +534,6 @@ def _modified(path: Path) -> float:
         return path.stat().st_mtime
     except FileNotFoundError:
         return 0.0  # somebody goes on with it just now
-
-
-def _sync_directory(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _disk(error: OSError) -> Exception:

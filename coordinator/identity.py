@@ -11,7 +11,6 @@ import enum
 import functools
 import os
 import re
-import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -23,6 +22,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.asymmetric.types import CertificatePublicKeyTypes
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
+from coordinator.files import write_whole
 from protos import seal
 from protos.wire import SERVER_NAME, Identity, peer_name
 
@@ -72,20 +72,6 @@ class Issued:
 
 def _now() -> dt.datetime:
     return dt.datetime.now(dt.UTC)
-
-
-def write_private(path: Path, data: bytes) -> None:
-    """Write atomically with mode 0600."""
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
 
 
 def _key_pem(key: ec.EllipticCurvePrivateKey | Ed25519PrivateKey) -> bytes:
@@ -174,8 +160,8 @@ class Authority:
         return Authority(certificate, key)
 
     def save(self, home: Path) -> None:
-        write_private(home / "authority.key", _key_pem(self._key))
-        write_private(home / "authority.pem", self.certificate_pem)
+        write_whole(home / "authority.key", _key_pem(self._key))
+        write_whole(home / "authority.pem", self.certificate_pem)
 
     @property
     def certificate_pem(self) -> bytes:
@@ -258,8 +244,8 @@ class Authority:
             purposes=[ExtendedKeyUsageOID.SERVER_AUTH],
             ttl=SERVER_TTL,
         )
-        write_private(home / "server.key", _key_pem(key))
-        write_private(home / "server.pem", issued.certificate_pem)
+        write_whole(home / "server.key", _key_pem(key))
+        write_whole(home / "server.pem", issued.certificate_pem)
 
     def server_credentials(self, home: Path) -> tuple[bytes, bytes]:
         """(key, chain) of the server, leaf before authority; renewed first if it expires soon."""
@@ -300,8 +286,8 @@ class Authority:
                 purposes=[DOCUMENT_SIGNING],
                 ttl=AUTHORITY_TTL,
             )
-            write_private(home / "checkpoints.key", _key_pem(key))
-            write_private(home / "checkpoints.pem", issued.certificate_pem)
+            write_whole(home / "checkpoints.key", _key_pem(key))
+            write_whole(home / "checkpoints.pem", issued.certificate_pem)
             certificate = x509.load_pem_x509_certificate(issued.certificate_pem)
         assert isinstance(key, Ed25519PrivateKey)
         chain = [one.public_bytes(serialization.Encoding.DER) for one in (certificate, self._certificate)]
@@ -378,7 +364,7 @@ class RevokedOperators:
         except FileNotFoundError:
             return False
         if self._seen != (status.st_mtime_ns, status.st_size):
-            self._names = frozenset(self._path.read_text(encoding="utf-8").split())
+            self._names = frozenset(self._path.read_text(encoding="utf-8", errors="replace").split())
             self._seen = (status.st_mtime_ns, status.st_size)
         return f"{principal.role.value}/{principal.id}" in self._names
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-import tempfile
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -21,6 +20,7 @@ from typing import Any, Protocol
 import click
 
 from coordinator.admin.errors import BadInput, OperationFailed
+from coordinator.files import sync_directory, write_whole
 from protos import seal
 
 FORMAT = "muster-checkpoint-1"
@@ -305,10 +305,10 @@ class Restorer:
             (self._blobs / digest).unlink(missing_ok=True)
         for partial in self._blobs.glob(".partial-*"):
             partial.unlink(missing_ok=True)
-        _sync_directory(self._blobs)
+        sync_directory(self._blobs)
         if wanted.signed_by:
-            _write(self._manifests / "authority", f"{wanted.signed_by}\n".encode())
-        _write(self._manifests / f"{wanted.step}.json", wanted.text)
+            write_whole(self._manifests / "authority", f"{wanted.signed_by}\n".encode(), mode=0o644)
+        write_whole(self._manifests / f"{wanted.step}.json", wanted.text, mode=0o644)
 
     def _fetch(self, shard: Shard, advance: Callable[[int], object]) -> list[str]:
         """Nothing, or why it is not to be had from each source."""
@@ -373,29 +373,6 @@ class Restorer:
 def _digest_of(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _write(path: Path, data: bytes) -> None:
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=".new.")
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        Path(temporary).chmod(0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-    _sync_directory(path.parent)
-
-
-def _sync_directory(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def warn(message: str) -> None:

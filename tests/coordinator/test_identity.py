@@ -123,3 +123,9 @@ def test_a_revoked_operator_is_noticed_without_a_restart(tmp_path: Path) -> None
     assert principal not in revoked
     RevokedOperators(tmp_path).add(Role.OBSERVER, "eve")
     assert principal in revoked
+
+
+def test_a_revocation_counts_also_in_a_file_that_somebody_spoiled(tmp_path: Path) -> None:
+    identity = Authority.create().issue_operator(Role.OBSERVER, "eve", "localhost:1")
+    (tmp_path / "revoked.txt").write_bytes(b"\xff\xfe\nobserver/eve\n\x80")
+    assert principal_of(identity.certificate_pem.encode()) in RevokedOperators(tmp_path)
