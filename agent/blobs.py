@@ -21,6 +21,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
+from weakref import WeakValueDictionary
 
 import grpc
 import grpc.aio
@@ -231,7 +232,9 @@ class BlobClient:
         self.cache = cache
         self._identity = identity
         self._accuse = accuse
-        self._fetching: dict[str, asyncio.Lock] = {}
+        # A lock lives as long as somebody holds it or waits for it.
+        self._fetching: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
+        self._uploading: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
         self._unreachable: dict[str, float] = {}
         self._liars: set[str] = set()
         self._busy: set[str] = set()  # blobs that an agent has, which could not serve one more just now
@@ -440,7 +443,13 @@ class BlobClient:
             raise
 
     async def upload(self, digest: str) -> None:
-        """Store the blob at the coordinator unless it is there.  Raise BlobError if it is not in the cache."""
+        """Store the blob at the coordinator unless it is there.  Raise BlobError if it is not in the cache.
+
+        One upload of a blob at a time: to the coordinator, asking for it says that the one before is over."""
+        async with self._uploading.setdefault(digest, asyncio.Lock()):
+            await self._upload(digest)
+
+    async def _upload(self, digest: str) -> None:
         request = agent_pb2.FindBlobsRequest(digests=[digest])
         found = await self._stub().FindBlobs(request, timeout=CALL_TIMEOUT_S)
         if not found.missing:

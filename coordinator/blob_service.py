@@ -7,7 +7,7 @@ import contextlib
 import functools
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from typing import TypeVar
 
 from coordinator import translate
@@ -27,6 +27,32 @@ from protos import agent_pb2
 
 CHECKS_AT_ONCE = 2
 T = TypeVar("T")
+
+
+class _UnderWay:
+    """An upload whose messages are waited for, until its sender is known to have given it up."""
+
+    def __init__(self) -> None:
+        self.ended = asyncio.Event()
+        self.given_up = False
+        self._limit: asyncio.Timeout | None = None
+
+    def give_up(self) -> None:
+        self.given_up = True
+        if self._limit is not None:
+            self._limit.reschedule(0)
+
+    async def next(
+        self, requests: AsyncIterator[agent_pb2.PutBlobRequest], most_s: float
+    ) -> agent_pb2.PutBlobRequest | None:
+        """The next message, None at the end.  Raise TimeoutError after `most_s`, or at once when given up."""
+        try:
+            async with asyncio.timeout(0 if self.given_up else most_s) as self._limit:
+                return await anext(requests)
+        except StopAsyncIteration:
+            return None
+        finally:
+            self._limit = None
 
 
 class BlobService:
@@ -52,6 +78,7 @@ class BlobService:
         self._unreported = unreported
         self._wrong_bytes = wrong_bytes
         self._under_way: Counter[tuple[str, str]] = Counter()
+        self._uploads: dict[tuple[str, str], _UnderWay] = {}
         self._checks: dict[tuple[str, str, int], asyncio.Task[None]] = {}
         self._checking = asyncio.Semaphore(CHECKS_AT_ONCE)
 
@@ -73,9 +100,31 @@ class BlobService:
 
     async def find(self, request: agent_pb2.FindBlobsRequest) -> agent_pb2.FindBlobsReply:
         digests = translate.digests(request)
+        if _agent() is not None:
+            await self._end_stale(digests)
         missing = await asyncio.to_thread(self._store.missing, digests)
         received = await asyncio.to_thread(self._store.received, _peer(), missing)
         return agent_pb2.FindBlobsReply(missing=missing, received=received)
+
+    async def _end_stale(self, digests: Iterable[str]) -> None:
+        """An agent that asks about a blob is not sending it: its line broke, and we have not heard of that yet.
+        What came is put aside, for it to go on with, and its place is free."""
+        stale = [upload for digest in digests if (upload := self._uploads.get((_peer(), digest)))]
+        for upload in stale:
+            upload.give_up()
+        for upload in stale:
+            await upload.ended.wait()
+
+    @contextlib.contextmanager
+    def _uploading(self, peer: str, digest: str, upload: _UnderWay) -> Iterator[None]:
+        key = (peer, digest)
+        self._uploads[key] = upload
+        try:
+            yield
+        finally:
+            upload.ended.set()
+            if self._uploads.get(key) is upload:
+                del self._uploads[key]
 
     async def get(self, request: agent_pb2.GetBlobRequest) -> AsyncIterator[agent_pb2.BlobChunk]:
         digest = translate.digest(request.digest)
@@ -90,41 +139,55 @@ class BlobService:
                 await asyncio.shield(asyncio.to_thread(reader.close))
 
     async def put(self, requests: AsyncIterator[agent_pb2.PutBlobRequest]) -> agent_pb2.PutBlobReply:
+        under_way = _UnderWay()
         with self._slot("upload"):
-            first = await self._next(requests, self._chunk_timeout_s)
+            first = await self._next(under_way, requests, self._chunk_timeout_s)
             if first is None:
                 raise translate.MalformedError("header: missing; the upload had no message")
             digest, size, offset = translate.blob_header(first)
-            peer, agent_id = _peer(), _agent()
-            # Whoever submits a job uploads its data first, and may have much of it.
-            lift = self._charge(agent_id, digest, size)
-            upload: BlobUpload | None = None
-            try:
-                upload = await _opened(
-                    lambda: self._store.upload(digest, size, sender=peer, offset=offset), _suspend
-                )
-            finally:
-                if upload is None:
-                    lift()
+            with self._uploading(_peer(), digest, under_way):
+                existed = await self._receive(under_way, requests, digest, size, offset)
+        return agent_pb2.PutBlobReply(existed=existed)
+
+    async def _receive(
+        self,
+        under_way: _UnderWay,
+        requests: AsyncIterator[agent_pb2.PutBlobRequest],
+        digest: str,
+        size: int,
+        offset: int,
+    ) -> bool:
+        """Whether the blob was there already."""
+        peer, agent_id = _peer(), _agent()
+        # Whoever submits a job uploads its data first, and may have much of it.
+        lift = self._charge(agent_id, digest, size)
+        upload: BlobUpload | None = None
+        try:
+            upload = await _opened(
+                lambda: self._store.upload(digest, size, sender=peer, offset=offset), _suspend
+            )
+        finally:
             if upload is None:
-                return agent_pb2.PutBlobReply(existed=True)
-            end = time.monotonic() + self._chunk_timeout_s + size / self._slowest_bytes_per_s
-            try:
-                while (request := await self._next(requests, end - time.monotonic())) is not None:
-                    data = translate.blob_data(request)
-                    await asyncio.to_thread(self._write, upload, data)
-                await asyncio.to_thread(upload.finish)
-                if agent_id is not None:
-                    self._unreported.stored(agent_id, digest)
-            except (BlobRefusedError, translate.MalformedError) as error:
-                self._hold_against(caller.get(), digest, error)
-                await asyncio.shield(asyncio.to_thread(upload.discard))
                 lift()
-                raise
-            finally:
-                # The line broke, or nothing came for too long: its sender goes on from here.
-                await asyncio.shield(asyncio.to_thread(upload.suspend))
-        return agent_pb2.PutBlobReply(existed=False)
+        if upload is None:
+            return True
+        end = time.monotonic() + self._chunk_timeout_s + size / self._slowest_bytes_per_s
+        try:
+            while (request := await self._next(under_way, requests, end - time.monotonic())) is not None:
+                data = translate.blob_data(request)
+                await asyncio.to_thread(self._write, upload, data)
+            await asyncio.to_thread(upload.finish)
+            if agent_id is not None:
+                self._unreported.stored(agent_id, digest)
+        except (BlobRefusedError, translate.MalformedError) as error:
+            self._hold_against(caller.get(), digest, error)
+            await asyncio.shield(asyncio.to_thread(upload.discard))
+            lift()
+            raise
+        finally:
+            # The line broke, or nothing came for too long: its sender goes on from here.
+            await asyncio.shield(asyncio.to_thread(upload.suspend))
+        return False
 
     def _charge(self, agent_id: AgentId | None, digest: str, size: int) -> Callable[[], None]:
         """Count an agent's upload; returns what takes that back, should nothing of it be kept."""
@@ -196,17 +259,16 @@ class BlobService:
         await asyncio.gather(*self._checks.values(), return_exceptions=True)
 
     async def _next(
-        self, requests: AsyncIterator[agent_pb2.PutBlobRequest], left_s: float
+        self, under_way: _UnderWay, requests: AsyncIterator[agent_pb2.PutBlobRequest], left_s: float
     ) -> agent_pb2.PutBlobRequest | None:
         """The next message, None at the end.  `left_s` is what is left for the upload as a whole."""
         try:
-            async with asyncio.timeout(min(self._chunk_timeout_s, left_s)):
-                return await anext(requests)
-        except StopAsyncIteration:
-            return None
+            return await under_way.next(requests, min(self._chunk_timeout_s, left_s))
         except TimeoutError:
             why = (
-                f"nothing came for {self._chunk_timeout_s:g} s"
+                "its sender asked what is missing of it"
+                if under_way.given_up
+                else f"nothing came for {self._chunk_timeout_s:g} s"
                 if left_s > self._chunk_timeout_s
                 else f"slower than {self._slowest_bytes_per_s} bytes a second"
             )

@@ -187,6 +187,7 @@ class FakeCoordinator(agent_pb2_grpc.AgentServiceServicer):
         self.refuse_enrolment = 0
         self.blobs: dict[str, bytes] = {}
         self.gets: list[tuple[str, int]] = []
+        self.puts: list[str] = []
         self.break_gets_after: int | None = None
         self.hold_gets: asyncio.Event | None = None  # each download stops after 1,000 bytes until this is set
         self.refuse_blobs = 0
@@ -372,6 +373,7 @@ class FakeCoordinator(agent_pb2_grpc.AgentServiceServicer):
 
     async def PutBlob(self, requests: AsyncIterator[Any], context: Any) -> Any:
         header = (await anext(aiter(requests))).header
+        self.puts.append(header.digest)
         data = b"".join([message.data async for message in requests])
         if hashlib.sha256(data).hexdigest() != header.digest or len(data) != header.bytes:
             await context.abort_with_status(

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import hashlib
 import os
@@ -162,3 +163,10 @@ def test_malformed_manifests_are_refused() -> None:
         dataset_pieces('{"splits": [1]}')
     with pytest.raises(BlobError, match="malformed"):
         Checkpoint.of({"format": "muster-checkpoint-1", "job": "j1", "step": "x"}, "j1")
+
+
+async def test_one_blob_is_uploaded_once_at_a_time(blobs: BlobClient, coordinator: FakeCoordinator) -> None:
+    blobs.cache.path(DIGEST).write_bytes(DATA)
+    await asyncio.gather(*(blobs.upload(DIGEST) for _ in range(3)))
+    assert coordinator.blobs[DIGEST] == DATA
+    assert coordinator.puts == [DIGEST]
