@@ -39,7 +39,7 @@ class _UnderWay:
 
     def give_up(self) -> None:
         self.given_up = True
-        if self._limit is not None:
+        if self._limit is not None and not self._limit.expired():
             self._limit.reschedule(0)
 
     async def next(
