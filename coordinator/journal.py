@@ -8,6 +8,7 @@ not know what a record means: the loop hands in text and takes text out.
 from __future__ import annotations
 
 import contextlib
+import math
 import sqlite3
 import threading
 import time
@@ -15,7 +16,7 @@ import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 APPLICATION_ID = 0x4D535452  # "MSTR"
 SNAPSHOTS_KEPT = 2
@@ -96,6 +97,8 @@ class Snapshot:
     body: str
 
 
+T = TypeVar("T", StepRow, EvaluationRow)
+
 MIGRATIONS: tuple[str, ...] = (
     # version 1
     """
@@ -143,11 +146,19 @@ MIGRATIONS: tuple[str, ...] = (
     CREATE TABLE needs_log (since_ms INTEGER NOT NULL);
     UPDATE records SET crc = summed_anew(sequence, at_ms, kind, job_id, body, text, crc);
     """,
+    # version 3: steps and evaluations have checksums, too.
+    """
+    ALTER TABLE steps ADD COLUMN crc INTEGER NOT NULL DEFAULT 0;
+    UPDATE steps SET crc = summed(job_id, step, loss, slices, data_digest, tokens, lr, grad_norm, skipped,
+                                  generation, duration_s, at_ms);
+    ALTER TABLE evaluations ADD COLUMN crc INTEGER NOT NULL DEFAULT 0;
+    UPDATE evaluations SET crc = summed(job_id, step, loss);
+    """,
 )
 """Each brings the schema from its index to its index plus one; never edited once released."""
 
-_STEP_COLUMNS = ", ".join(field.name for field in fields(StepRow))
-_STEP_MARKS = ", ".join("?" for _ in fields(StepRow))
+_STEP_COLUMNS = ", ".join((*(field.name for field in fields(StepRow)), "crc"))
+_STEP_MARKS = ", ".join("?" for _ in (*fields(StepRow), "crc"))
 
 
 def _crc(*columns: object) -> int:
@@ -288,6 +299,7 @@ class Journal:
             return _crc(sequence, *columns[:5])
 
         self._writer.create_function("summed_anew", 7, summed_anew, deterministic=True)
+        self._writer.create_function("summed", -1, _crc, deterministic=True)
         for number in range(version, len(MIGRATIONS)):
             self._writer.executescript(
                 f"BEGIN IMMEDIATE; {MIGRATIONS[number]} PRAGMA application_id = {APPLICATION_ID};"
@@ -358,11 +370,11 @@ class Journal:
     def _write_steps(self, entry: Entry) -> None:
         self._writer.executemany(
             f"INSERT INTO steps ({_STEP_COLUMNS}) VALUES ({_STEP_MARKS})",  # noqa: S608 (constants)
-            [_step_values(row) for row in entry.steps],
+            [_summed(row) for row in entry.steps],
         )
         self._writer.executemany(
-            "INSERT OR REPLACE INTO evaluations (job_id, step, loss) VALUES (?, ?, ?)",
-            [(row.job_id, row.step, row.loss) for row in entry.evaluations],
+            "INSERT OR REPLACE INTO evaluations (job_id, step, loss, crc) VALUES (?, ?, ?, ?)",
+            [_summed(row) for row in entry.evaluations],
         )
         for rollback in entry.rollbacks:
             for table in ("steps", "evaluations"):
@@ -461,16 +473,25 @@ class Journal:
             f"SELECT {_STEP_COLUMNS} FROM steps WHERE job_id = ? AND step > ? ORDER BY step LIMIT ?",  # noqa: S608
             (job_id, after_step, limit),
         )
-        names = [field.name for field in fields(StepRow)]
-        return [_step_row(dict(zip(names, row, strict=True))) for row in rows]
+        return [self._row(StepRow, row) for row in rows]
+
+    def _row(self, kind: type[T], row: tuple[Any, ...]) -> T:
+        *columns, crc = row
+        if _crc(*columns) != crc:
+            what = "step" if kind is StepRow else "evaluation"
+            raise self._damaged(f"{what} {columns[1]} of job {columns[0]} does not match its checksum")
+        values = dict(zip((field.name for field in fields(kind)), columns, strict=True))
+        if kind is StepRow:
+            values |= {"data_digest": values["data_digest"] % 2**64, "skipped": bool(values["skipped"])}
+        return kind(**values)
 
     def evaluations(self, job_id: str, after_step: int, until_step: int) -> list[EvaluationRow]:
         """A job's evaluations after `after_step` up to `until_step`, in order."""
         rows = self._read(
-            "SELECT job_id, step, loss FROM evaluations WHERE job_id = ? AND step > ? AND step <= ? ORDER BY step",
+            "SELECT job_id, step, loss, crc FROM evaluations WHERE job_id = ? AND step > ? AND step <= ? ORDER BY step",
             (job_id, after_step, until_step),
         )
-        return [EvaluationRow(job_id=row[0], step=row[1], loss=row[2]) for row in rows]
+        return [self._row(EvaluationRow, row) for row in rows]
 
     def latest_steps(self, job_id: str, count: int) -> list[StepRow]:
         """A job's last `count` steps, in order."""
@@ -478,15 +499,18 @@ class Journal:
         return [] if newest is None else self.steps(job_id, newest - count, count)
 
 
-def _step_values(row: StepRow) -> tuple[object, ...]:
-    # SQLite's integers are signed: the digest is stored as the same 64 bits.
-    signed = row.data_digest - 2**64 if row.data_digest >= 2**63 else row.data_digest
-    return tuple(
-        signed if field.name == "data_digest" else getattr(row, field.name) for field in fields(StepRow)
-    )
+def _summed(row: StepRow | EvaluationRow) -> tuple[object, ...]:
+    """Its columns as SQLite gives them back, and their checksum."""
+    columns = [_stored(getattr(row, field.name), str(field.type)) for field in fields(row)]
+    return (*columns, _crc(*columns))
 
 
-def _step_row(values: dict[str, Any]) -> StepRow:
-    values["data_digest"] %= 2**64
-    values["skipped"] = bool(values["skipped"])
-    return StepRow(**values)
+def _stored(value: Any, kind: str) -> object:
+    if value is None or kind == "str":
+        return value
+    if "float" in kind:
+        number = float(value)
+        return None if math.isnan(number) else number
+    # SQLite's integers are signed: a digest is stored as the same 64 bits.
+    whole = int(value)
+    return whole - 2**64 if whole >= 2**63 else whole

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import sqlite3
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -183,11 +184,12 @@ def test_overwritten_pages_are_refused_when_opening(tmp_path: Path) -> None:
 
 
 def outcome(path: Path) -> str | list[str]:
-    """Every body, as a coordinator would read them; or what it would refuse to start with."""
+    """Every body and step, as a coordinator would read them; or what it would refuse to start with."""
     try:
         with Journal(path) as journal:
             assert journal.last_ms == journal.last_sequence
-            return [stored.body for stored in journal.history(0)]
+            steps = [str(row) for row in journal.steps("j1", 0)]
+            return [stored.body for stored in journal.history(0)] + steps
     except JournalError as error:
         return str(error)
 
@@ -271,3 +273,29 @@ def test_a_copy_made_while_serving_is_a_whole_journal(tmp_path: Path) -> None:
         journal.commit([Entry(records=(record(3),))])
     assert outcome(tmp_path / "copy.db") == ['{"n":1}', '{"n":2}']
     assert outcome(tmp_path / "j.db") == ['{"n":1}', '{"n":2}', '{"n":3}']
+
+
+def test_a_step_or_evaluation_that_changed_on_the_disk_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "j.db"
+    with Journal(path) as journal:
+        rows = (
+            step(1, loss=float("nan")),
+            replace(step(2), lr=0, grad_norm=float("inf"), skipped=True),
+            step(3),
+        )
+        evaluation = EvaluationRow(job_id="j1", step=3, loss=2.0)
+        journal.commit([Entry(steps=rows, evaluations=(evaluation,))])
+        assert [row.loss for row in journal.steps("j1", 0)] == [None, 1.0, 1.0]
+        assert journal.steps("j1", 1, 1) == [rows[1]]
+        assert journal.evaluations("j1", 0, 9) == [evaluation]
+    raw = sqlite3.connect(path)
+    raw.execute("UPDATE steps SET loss = 0.5 WHERE step = 3")
+    raw.execute("UPDATE evaluations SET loss = 0.5")
+    raw.commit()
+    raw.close()
+    with Journal(path) as journal:
+        assert len(journal.steps("j1", 0, 2)) == 2
+        with pytest.raises(JournalError, match="step 3 of job j1 does not match its checksum"):
+            journal.steps("j1", 0)
+        with pytest.raises(JournalError, match="evaluation 3 of job j1"):
+            journal.evaluations("j1", 0, 9)
