@@ -28,6 +28,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 
 from agent.patience import NobodyThere, Patience
 from coordinator.identity import Authority, Role
+from coordinator.turns import WholeTurns
 from protos import agent_pb2, wire
 
 SESSION = "/muster.v1.AgentService/Session"
@@ -413,4 +414,5 @@ async def _serve(home: Path) -> None:
 
 
 if __name__ == "__main__":
-    asyncio.run(_serve(Path(sys.argv[1])))
+    with asyncio.Runner(loop_factory=WholeTurns) as runner:
+        runner.run(_serve(Path(sys.argv[1])))

@@ -152,6 +152,9 @@ class MainAccess(grpc.aio.ServerInterceptor):  # type: ignore[misc]
         self._most_calls = most_calls
         self._refused = refused
         self._calls: dict[str, dict[asyncio.Task[Any], Principal]] = {}
+        self._operators: set[str] = (
+            set()
+        )  # those keys of _calls that are no agent's: few, and looked at often
         self._cut: dict[asyncio.Task[Any], CallRefusedError] = {}
         self._watching: asyncio.Task[None] | None = None
 
@@ -223,6 +226,8 @@ class MainAccess(grpc.aio.ServerInterceptor):  # type: ignore[misc]
         task = asyncio.current_task()
         assert task is not None
         calls[task] = principal
+        if principal.role is not Role.AGENT:
+            self._operators.add(key)
         try:
             yield
         except asyncio.CancelledError:
@@ -235,6 +240,7 @@ class MainAccess(grpc.aio.ServerInterceptor):  # type: ignore[misc]
             calls.pop(task, None)
             if not calls:
                 self._calls.pop(key, None)
+                self._operators.discard(key)
 
     def _end(self, key: str, why: CallRefusedError) -> None:
         for task in tuple(self._calls.get(key, ())):
@@ -253,10 +259,8 @@ class MainAccess(grpc.aio.ServerInterceptor):  # type: ignore[misc]
         """Operators are few, and revoked in a file that another process writes."""
         while True:
             await asyncio.sleep(CUT_OFF_S)
-            for key, calls in tuple(self._calls.items()):
-                for principal in set(calls.values()):
-                    if principal.role is Role.AGENT:
-                        break
+            for key in tuple(self._operators):
+                for principal in set(self._calls[key].values()):
                     try:
                         self._check(principal)
                     except CallRefusedError as why:

@@ -27,6 +27,7 @@ from coordinator.identity import Authority, IdentityError, RevokedOperators, Rol
 from coordinator.journal import Journal, JournalError, copy
 from coordinator.loop import restore
 from coordinator.server import Addresses, Coordinator, StartError
+from coordinator.turns import WholeTurns
 from protos.wire import BadAddress, split_address
 
 EXIT_FAILED = 1
@@ -128,7 +129,8 @@ def serve(config_file: Path | None, home: Path | None, log_format: str) -> None:
     try:
         coordinator = Coordinator(home, settings)
         _share_one_heap()
-        asyncio.run(_serve(coordinator, home))
+        with asyncio.Runner(loop_factory=WholeTurns) as runner:
+            runner.run(_serve(coordinator, home))
     except IdentityError as error:
         _fail(str(error), EXIT_USAGE)
     except (StartError, JournalError) as error:
