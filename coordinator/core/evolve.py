@@ -102,6 +102,23 @@ FORGOTTEN_AFTER_STEPS = 1_000
 def evolve(state: State, record: Record) -> None:
     """Apply `record`.  Its agent, job and token exist: whoever made the record has checked."""
     match record:
+        case LeaseRenewed():  # the first, since most are, and cases are tried in order
+            _set(
+                state,
+                record.agent_id,
+                lease_until_ms=record.until_ms,
+                step=record.step,
+                activity=record.activity,
+                tokens_per_s=record.tokens_per_s,
+                disk_free_bytes=record.disk_free_bytes,
+            )
+            if record.fetched_bytes > state.agents[record.agent_id].fetched_bytes:
+                _set(
+                    state,
+                    record.agent_id,
+                    fetched_bytes=record.fetched_bytes,
+                    progress_ms=record.at_ms,
+                )
         case TokenCreated():
             state.tokens[record.token.token_id] = record.token
         case TokenRevoked():
@@ -231,7 +248,7 @@ def evolve(state: State, record: Record) -> None:
             job, generation = _generation(state, record.job_id)
             finished = (*generation.finished, record.agent_id)
             step = max(generation.finished_step, record.step)
-            _set_generation(state, job, replace(generation, finished=finished, finished_step=step))
+            _note(state, job, finished=finished, finished_step=step)
         case MemberReleased():
             job, generation = _generation(state, record.job_id)
             _set_generation(
@@ -269,25 +286,18 @@ def evolve(state: State, record: Record) -> None:
             job, generation = _generation(state, record.job_id)
             first_ms = generation.collective_failed_ms
             missed = record.unreachable if isinstance(record, CollectiveFailed) else ()
-            _set_generation(
+            disputed = record.step if isinstance(record, StatesDiffered) else generation.disputed_step
+            _note(
                 state,
                 job,
-                replace(
-                    generation,
-                    collective_failed=(*generation.collective_failed, record.agent_id),
-                    unreachable=(
-                        *generation.unreachable,
-                        *((record.agent_id, other) for other in missed),
-                    ),
-                    collective_failed_ms=record.at_ms if first_ms is None else first_ms,
-                    disputed_step=record.step
-                    if isinstance(record, StatesDiffered)
-                    else generation.disputed_step,
-                ),
+                collective_failed=(*generation.collective_failed, record.agent_id),
+                unreachable=(*generation.unreachable, *((record.agent_id, other) for other in missed)),
+                collective_failed_ms=record.at_ms if first_ms is None else first_ms,
+                disputed_step=disputed,
             )
         case MemberDissented():
             job, generation = _generation(state, record.job_id)
-            _set_generation(state, job, replace(generation, disputed_step=0))
+            _note(state, job, disputed_step=0)
             _set(state, record.agent_id, dissents=record.dissents)
         case FailureCounted():
             job = state.jobs[record.job_id]
@@ -367,24 +377,7 @@ def evolve(state: State, record: Record) -> None:
         case CheckpointWanted():  # a command to the members; see pushes
             job, generation = _generation(state, record.job_id)
             if generation.number == record.generation:
-                _set_generation(state, job, replace(generation, checkpoint_asked=True))
-        case LeaseRenewed():
-            _set(
-                state,
-                record.agent_id,
-                lease_until_ms=record.until_ms,
-                step=record.step,
-                activity=record.activity,
-                tokens_per_s=record.tokens_per_s,
-                disk_free_bytes=record.disk_free_bytes,
-            )
-            if record.fetched_bytes > state.agents[record.agent_id].fetched_bytes:
-                _set(
-                    state,
-                    record.agent_id,
-                    fetched_bytes=record.fetched_bytes,
-                    progress_ms=record.at_ms,
-                )
+                _note(state, job, checkpoint_asked=True)
         case SessionEnded():
             _set_and_look(state, record.agent_id, session_id=None, session_closed_ms=record.at_ms)
         case AgentReadied():
@@ -542,8 +535,7 @@ def _forget_upload(state: State, agent: Agent) -> None:
 def _forget_uploading(state: State, job: Job, agent_id: AgentId) -> None:
     generation = job.generation
     if generation is not None and agent_id in generation.uploading:
-        uploading = _without(generation.uploading, agent_id)
-        _set_generation(state, job, replace(generation, uploading=uploading))
+        _note(state, job, uploading=_without(generation.uploading, agent_id))
 
 
 def _assign(state: State, record: AgentAssigned) -> None:
@@ -604,6 +596,14 @@ def _generation(state: State, job_id: JobId) -> tuple[Job, Generation]:
 
 def _set_generation(state: State, job: Job, generation: Generation) -> None:
     _set_job(state, job, generation=generation)
+
+
+def _note(state: State, job: Job, **changes: Any) -> None:
+    """Change of the generation what says nothing of who is there.  A thousand members may report that a
+    collective failed: the roll is not called anew for each."""
+    assert job.generation is not None
+    state.jobs[job.job_id] = _changed(job, generation=replace(job.generation, **changes))
+    state.agenda.jobs[job.job_id] = None
 
 
 def _expelled(generation: Generation | None, agent_id: AgentId) -> Generation | None:

@@ -24,6 +24,7 @@ from coordinator.core.model import (
     JobPhase,
     JobPhaseChanged,
     MemberLost,
+    NotYet,
     PreparationForgiven,
     PreparationGivenUp,
     Presence,
@@ -37,6 +38,8 @@ from coordinator.core.model import (
 )
 
 AGENT, JOB = "agent", "job"
+Judged = dict[JobId, Proposal | NotYet]
+"""What `forming.assess` has said in this call: it asks every member, and the state stands still meanwhile."""
 # To look a member of an enum up takes ten times as long as a name does, and every agent is asked time and again.
 _READY, _SUSPECT, _QUARANTINED = Presence.READY, Presence.SUSPECT, Standing.QUARANTINED
 
@@ -50,13 +53,14 @@ def settle(state: State, now_ms: int) -> tuple[Record, ...]:
     records: list[Record] = []
     for agent_id in agenda.agents:
         records += _settle_agent(state, state.agents[agent_id], now_ms)
+    judged: Judged = {}
     if not records:
         for job_id in sorted(agenda.jobs, key=lambda i: state.jobs[i].order):
-            records += _settle_job(state, state.jobs[job_id], now_ms)
+            records += _settle_job(state, state.jobs[job_id], now_ms, judged)
     if not records:
         records += matching.match(state, now_ms)
     if not records:
-        _sleep(state, now_ms)
+        _sleep(state, now_ms, judged)
     return tuple(records)
 
 
@@ -95,12 +99,12 @@ def _wake(state: State, now_ms: int) -> None:
             agenda.jobs[JobId(key)] = None
 
 
-def _sleep(state: State, now_ms: int) -> None:
+def _sleep(state: State, now_ms: int, judged: Judged) -> None:
     agenda = state.agenda
     for agent_id in agenda.agents:
         _note(state, AGENT, agent_id, _agent_deadline(state, state.agents[agent_id]))
     for job_id in agenda.jobs:
-        _note(state, JOB, job_id, _job_deadline(state, state.jobs[job_id], now_ms))
+        _note(state, JOB, job_id, _job_deadline(state, state.jobs[job_id], now_ms, judged))
     agenda.agents.clear()
     agenda.jobs.clear()
     agenda.slots = False
@@ -208,7 +212,7 @@ def _settle_agent(state: State, agent: Agent, now_ms: int) -> tuple[Record, ...]
 # -------------------------------------------------------------------------------- one job
 
 
-def _job_deadline(state: State, job: Job, now_ms: int) -> int | None:
+def _job_deadline(state: State, job: Job, now_ms: int, judged: Judged) -> int | None:
     if job.phase in ENDED or job.phase is JobPhase.PAUSED:
         return None
     candidates: list[int | None] = []
@@ -219,14 +223,14 @@ def _job_deadline(state: State, job: Job, now_ms: int) -> int | None:
         if not generation.members:
             candidates.append(forming.checkpoint_awaited(state, job))
     candidates.append(checkpoints.witness_awaited(state, job, now_ms))
-    judged = forming.assess(state, job)
-    if isinstance(judged, Proposal):
-        candidates.append(judged.at_ms)
+    found = judged.get(job.job_id) or forming.assess(state, job)
+    if isinstance(found, Proposal):
+        candidates.append(found.at_ms)
     # What is past has been acted upon, or was found to need nothing.
     return min((at_ms for at_ms in candidates if at_ms is not None and at_ms > now_ms), default=None)
 
 
-def _settle_job(state: State, job: Job, now_ms: int) -> tuple[Record, ...]:
+def _settle_job(state: State, job: Job, now_ms: int, judged: Judged) -> tuple[Record, ...]:
     retired = checkpoints.retire(job, now_ms)
     if retired:
         return retired
@@ -243,7 +247,7 @@ def _settle_job(state: State, job: Job, now_ms: int) -> tuple[Record, ...]:
         or _not_formed(state, job, now_ms)
         or _unserving(state, job, now_ms)
         or _phase(state, job, now_ms)
-        or _form(state, job, now_ms)
+        or _form(state, job, now_ms, judged)
         or _surplus(state, job, now_ms)
     )
 
@@ -405,11 +409,11 @@ def _stop(state: State, job: Job, now_ms: int) -> tuple[Record, ...]:
     return (_change(job, phase, job.phase_why, detail, now_ms),)
 
 
-def _form(state: State, job: Job, now_ms: int) -> tuple[Record, ...]:
-    judged = forming.assess(state, job)
-    if isinstance(judged, Proposal):
-        if judged.at_ms is None:
-            running = judged.why is Why.MEMBER_JOINED and bool(forming.survivors(state, job))
+def _form(state: State, job: Job, now_ms: int, judged: Judged) -> tuple[Record, ...]:
+    found = judged[job.job_id] = forming.assess(state, job)
+    if isinstance(found, Proposal):
+        if found.at_ms is None:
+            running = found.why is Why.MEMBER_JOINED and bool(forming.survivors(state, job))
             return (
                 WaitChanged(
                     at_ms=now_ms,
@@ -418,10 +422,10 @@ def _form(state: State, job: Job, now_ms: int) -> tuple[Record, ...]:
                     standby_ms=now_ms if running else None,
                 ),
             )
-        if judged.at_ms <= now_ms:
+        if found.at_ms <= now_ms:
             named = checkpoints.name_dissenters(state, job, now_ms)
-            retried = judged.why is Why.RETRY and _again(state, job, now_ms)
-            return named or retried or forming.plan(state, job, judged, now_ms)
+            retried = found.why is Why.RETRY and _again(state, job, now_ms)
+            return named or retried or forming.plan(state, job, found, now_ms)
         return ()
     if job.gathered_ms is not None or job.standby_ms is not None:
         return (WaitChanged(at_ms=now_ms, job_id=job.job_id, gathered_ms=None, standby_ms=None),)

@@ -116,6 +116,8 @@ class Machine:
         self.process.connect()
 
     def cut(self, *, up: int, down: int, data: int) -> None:
+        if not (up or down or data):
+            return
         self.cut_up += up
         self.cut_down += down
         self.cut_data += data

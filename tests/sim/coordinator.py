@@ -24,6 +24,7 @@ from coordinator.core.model import (
     HeartbeatReceived,
     JobId,
     JobRolledBack,
+    LeaseRenewed,
     ProgressAccepted,
     Push,
     PushGoAway,
@@ -105,6 +106,11 @@ class Ticket:
     lines: list[str] = field(default_factory=list)
 
 
+def _only_renewed(ticket: Ticket) -> bool:
+    outcome = ticket.outcome
+    return outcome is not None and len(outcome.records) == 1 and type(outcome.records[0]) is LeaseRenewed
+
+
 class Coordinator:
     """`submit` is its only way in while it is up."""
 
@@ -126,7 +132,7 @@ class Coordinator:
         self.starts = 0
         self.sessions: dict[AgentId, Session] = {}
         self.open_sessions: dict[SessionId, Session] = {}
-        self._hasty = hasty  # commits take no time
+        self._hasty = hasty  # commits take no time, and quiet heartbeats cost little
         self._snapshots = snapshots
         self._snapshot: tuple[int, str] | None = None
         self._last_ms = 0
@@ -225,7 +231,7 @@ class Coordinator:
         if self.frozen or self._busy:
             return
         self._busy = True
-        epoch = self._epoch
+        epoch, quiet = self._epoch, self._hasty and bool(self._queue)
         while self._queue:
             batch = list(self._queue)
             self._queue.clear()
@@ -240,13 +246,16 @@ class Coordinator:
                 self._commit(batch)
                 if not self.up or self._epoch != epoch:
                     return
+                quiet = False
             else:
                 self._release(batch)
                 if not self.up or self._epoch != epoch:
                     return
+                quiet = quiet and all(map(_only_renewed, batch))
         self._busy = False
         self._sweep()
-        self._sleep()
+        if not (quiet and self._wake is not None and self.world.now_ms < self._wake_ms):
+            self._sleep()  # else nothing is due earlier than before
 
     def _sweep(self) -> None:
         """Everything is recorded: blobs that nothing refers to go, once they are old."""
@@ -297,7 +306,8 @@ class Coordinator:
         self._release(batch)
         if self.up and self._snapshots:
             after = self._snapshot[0] if self._snapshot is not None else 0
-            if len(self.journal) - after >= SNAPSHOT_RECORDS and not self._queue:
+            often = SNAPSHOT_RECORDS * (10 if self._hasty else 1)
+            if len(self.journal) - after >= often and not self._queue:
                 self._snapshot = (len(self.journal), codec.encode_state(self.state))
 
     def _keep_steps(self, ticket: Ticket, outcome: Outcome) -> None:

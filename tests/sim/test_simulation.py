@@ -31,6 +31,11 @@ def test_no_fleet_breaks_a_promise(first: int) -> None:
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
 
 
+def test_no_crowd_breaks_a_promise() -> None:
+    done = simulate("--first", "1", "--seeds", "2", "--agents", "120", "--minutes", "1", "--processes", "1")
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+
+
 def test_a_seed_gives_the_same_trace_under_any_hash_seed() -> None:
     one, other = (simulate("--seed", "7", "--trace", hash_seed=seed) for seed in ("1", "2"))
     assert one.returncode == 0, one.stderr[-4000:]

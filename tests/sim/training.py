@@ -642,6 +642,7 @@ class Group:
             if how == "aborted":
                 worker.rest()
             return
+        broken = self.phase == "broken"
         if self.phase not in ("broken", "finished"):
             self._break(worker)
         worker.left = (rank, self.world_size)
@@ -649,8 +650,8 @@ class Group:
         worker.group = None
         if how == "aborted":
             worker.rest()
-        if self.phase == "finished":  # no collective is under way
-            return
+        if self.phase == "finished" or (broken and self.fleet.crowded):
+            return  # no collective is under way, or the first to leave has told the crowd
         odds = 0.3 if how == "aborted" else 0.9
         for peer in self.workers.values():
             if self.world.chance(odds):
