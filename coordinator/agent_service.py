@@ -39,7 +39,7 @@ from coordinator.identity import Authority, Role, requested_key
 from coordinator.logs import LogBook
 from coordinator.loop import Loop, LoopStoppedError
 from coordinator.rates import Bucket
-from coordinator.sessions import OpenSession, Sessions
+from coordinator.sessions import Acks, OpenSession, Sessions
 from protos import agent_pb2, agent_pb2_grpc
 from protos.wire import PROTOCOL
 
@@ -151,6 +151,7 @@ class AgentService(agent_pb2_grpc.AgentServiceServicer):
         self._report_refused = report_refused
         self._logs = logs
         self._limits = limits
+        self._acks = Acks()
 
     async def RenewIdentity(  # noqa: N802
         self, request: agent_pb2.RenewIdentityRequest, _context: grpc.aio.ServicerContext
@@ -341,9 +342,7 @@ class AgentService(agent_pb2_grpc.AgentServiceServicer):
                 beat = message.heartbeat
                 reply = await self._loop.submit(translate.heartbeat(beat, agent_id, session.session_id))
                 self._caches.fetching(agent_id, session.session_id, *translate.fetching(beat))
-                session.send(
-                    agent_pb2.CoordinatorMessage(heartbeat_ack=agent_pb2.HeartbeatAck(sequence=beat.sequence))
-                )
+                self._acks.owe(session, beat.sequence)
             case "progress":
                 reply = await self._progress(session, message.progress)
             case "logs":

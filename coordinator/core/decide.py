@@ -158,6 +158,8 @@ def decide(state: State, now_ms: int, event: Event) -> Decision:
 
 RETURN_MS = 2_000
 """Agents try to come back at least once a second (agent/session.py), however short the lease."""
+RETURN_EACH_MS = 6
+"""What a coordinator needs for the return of one agent, when all come at once: none is lost that waits in line."""
 
 AgentEvent = (
     IdentityRenewed
@@ -297,7 +299,7 @@ def _create_token(state: State, now_ms: int, event: TokenAsked) -> Decision:
 
 def _start(state: State, now_ms: int, event: CoordinatorStarted) -> Decision:
     alive = [a for a in state.agents.values() if a.presence in (Presence.READY, Presence.SUSPECT)]
-    term_ms = max(state.timing.lease_ms, RETURN_MS)
+    term_ms = max(state.timing.lease_ms, RETURN_MS, RETURN_EACH_MS * len(alive))
     until_ms = tuple(
         (agent.agent_id, now_ms + term_ms + event.spread_ms * place // len(alive))
         for place, agent in enumerate(alive)

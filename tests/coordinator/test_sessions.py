@@ -6,7 +6,8 @@ import asyncio
 from typing import Any
 
 from coordinator.core.model import AgentId, SessionId
-from coordinator.sessions import OpenSession
+from coordinator.sessions import Acks, OpenSession
+from protos import agent_pb2
 
 
 class Peer:
@@ -50,3 +51,36 @@ async def test_each_write_has_the_whole_timeout() -> None:
     session.send(b"2")
     await asyncio.wait({writing}, timeout=20)
     assert loop.time() - began >= 0.4
+
+
+class Written:
+    """A stream whose other end reads everything; `all` is set when `count` messages have come."""
+
+    def __init__(self, count: int) -> None:
+        self.messages: list[agent_pb2.CoordinatorMessage] = []
+        self.all = asyncio.Event()
+        self._count = count
+
+    async def write(self, message: agent_pb2.CoordinatorMessage) -> None:
+        self.messages.append(message)
+        if len(self.messages) >= self._count:
+            self.all.set()
+
+
+async def test_heartbeats_that_come_together_are_answered_once_and_everybody_is() -> None:
+    acks, one, other = Acks(together_s=0), Written(2), Written(1)
+    sessions = [OpenSession(AgentId(f"a{i}"), SessionId("s"), most_waiting=9) for i in range(2)]
+    pairs = zip(sessions, (one, other), strict=True)
+    writing = [session.write_to(to) for session, to in pairs]  # type: ignore[arg-type]
+    for sequence in (1, 2):
+        acks.owe(sessions[0], sequence)
+    acks.owe(sessions[1], 7)
+    async with asyncio.timeout(5):
+        await other.all.wait()
+        acks.owe(sessions[0], 3)
+        await one.all.wait()
+    assert [m.heartbeat_ack.sequence for m in one.messages] == [2, 3], "an answer is for those before it, too"
+    assert [m.heartbeat_ack.sequence for m in other.messages] == [7]
+    for session in sessions:
+        session.end()
+    await asyncio.gather(*writing)

@@ -125,6 +125,14 @@ def test_leases_after_a_start_are_fresh_and_spread() -> None:
     assert next_deadline(scenario.state) == 12_000
 
 
+def test_leases_after_a_start_last_until_all_of_a_large_fleet_can_be_back() -> None:
+    scenario = crowd(400)
+    scenario.now_ms = 10_000
+    outcome = step(scenario.state, 10_000, CoordinatorStarted(spread_ms=0))
+    refreshed = [record for record in outcome.records if isinstance(record, LeasesRefreshed)]
+    assert {until_ms for _, until_ms in refreshed[0].until_ms} == {12_400}
+
+
 @pytest.mark.parametrize("lease_ms", [1_000, 15_000, 600_000])
 def test_one_lease_gives_the_whole_budget(lease_ms: int) -> None:
     timing = Timing.from_lease(lease_ms)
