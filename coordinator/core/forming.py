@@ -363,13 +363,10 @@ def _cut(state: State, job: Job, generation: Generation, alive: tuple[AgentId, .
         if preparing(state, job) and len(staying) < job.spec.max_nodes:
             return NotYet(why=Why.PREPARING, have=len(staying), need=job.spec.max_nodes)
         return NotYet(why=Why.NOTHING_TO_DO, have=len(staying), need=job.spec.max_nodes)
-    if not all(_reachable(state.agents[a]) for a in alive):
+    there = sum(_reachable(state.agents[a]) for a in alive)
+    if there < len(alive):
         # Who is not there would not hear of the cut, and the others would wait for it.
-        return NotYet(
-            why=Why.UNREACHABLE,
-            have=sum(_reachable(state.agents[a]) for a in alive),
-            need=len(alive),
-        )
+        return NotYet(why=Why.UNREACHABLE, have=there, need=len(alive))
     cut = Cut.ABORT if job.spec.launch == "torchrun" else Cut.AFTER_STEP
     if forced:
         reason = _why_cut(job, leavers)

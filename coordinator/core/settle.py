@@ -8,6 +8,7 @@ here": settle and `next_deadline` tidy it, and that never changes an answer.
 from __future__ import annotations
 
 import heapq
+from collections.abc import Iterator
 
 from coordinator.core import checkpoints, forming, matching, strikes
 from coordinator.core.forming import Proposal
@@ -218,7 +219,7 @@ def _job_deadline(state: State, job: Job, now_ms: int, judged: Judged) -> int | 
     candidates: list[int | None] = []
     generation = job.generation
     if generation is not None:
-        if _late(state, job, generation):
+        if next(_late(state, job, generation), None) is not None:
             candidates.append(forming.deadline(state, generation))
         if not generation.members:
             candidates.append(forming.checkpoint_awaited(state, job))
@@ -274,17 +275,14 @@ def _proven_dead(state: State, job: Job, now_ms: int) -> tuple[Record, ...]:
     )
 
 
-def _late(state: State, job: Job, generation: Generation) -> tuple[AgentId, ...]:
+def _late(state: State, job: Job, generation: Generation) -> Iterator[AgentId]:
     """Who has not yet done what the newest generation's plan asks of it."""
-    members: tuple[AgentId, ...] = ()
     if generation.formed_ms is None and not forming.broken(state, job):
         done = frozenset((*generation.formed, *generation.gone))
-        members = tuple(
-            m.agent_id
-            for m in generation.members
-            if m.agent_id not in done and matching.serving(state, job, m.agent_id)
-        )
-    return (*members, *generation.leaving)
+        for member in generation.members:
+            if member.agent_id not in done and matching.serving(state, job, member.agent_id):
+                yield member.agent_id
+    yield from generation.leaving
 
 
 def _not_formed(state: State, job: Job, now_ms: int) -> tuple[Record, ...]:
@@ -294,7 +292,7 @@ def _not_formed(state: State, job: Job, now_ms: int) -> tuple[Record, ...]:
     generation = job.generation
     if generation is None or now_ms < forming.deadline(state, generation):
         return ()
-    late = _late(state, job, generation)
+    late = tuple(_late(state, job, generation))
     members = tuple(m.agent_id for m in generation.members)
     waiting = [a for a in members if a in late]
     silent = [a for a in waiting if a not in generation.collective_failed]
