@@ -389,7 +389,9 @@ async def _serve(home: Path) -> None:
                     ]
                 }
             case "members":
-                return {"members": sorted(i for i, one in agents.items() if one.rank is not None)}
+                # Whoever has failed is in no generation, though nobody told it.
+                inside = (i for i, one in agents.items() if one.rank is not None and not one.silent)
+                return {"members": sorted(inside)}
             case "fail":
                 sent_s = time.monotonic()
                 await agents[command["agent"]].fail()
