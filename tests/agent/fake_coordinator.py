@@ -302,6 +302,9 @@ class FakeCoordinator(agent_pb2_grpc.AgentServiceServicer):
             yield greeting
             return
         conversation = Conversation(hello=first.hello, down=asyncio.Queue())
+        async with self._news:
+            self.sessions.append(conversation)
+            self._news.notify_all()
         yield agent_pb2.CoordinatorMessage(
             welcome=agent_pb2.Welcome(
                 agent_id="a1",
@@ -311,9 +314,6 @@ class FakeCoordinator(agent_pb2_grpc.AgentServiceServicer):
                 grace_ms=1_000,
             )
         )
-        async with self._news:
-            self.sessions.append(conversation)
-            self._news.notify_all()
         listening = asyncio.create_task(self._listen(requests, conversation))
         try:
             while (message := await conversation.down.get()) is not None:
