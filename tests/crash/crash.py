@@ -100,7 +100,7 @@ class Crash:
                 tasks = [group.create_task(agent.run()) for agent in self._agents]
                 await self._begin()
                 self._swarm.welcomed_s.clear()  # only returns are of interest
-                load = (self._create_tokens, self._enrol, *(self._save(i) for i in identities[:MEMBERS]))
+                load = (self._create_tokens, self._enrol, *(self._save(i) for i in identities))
                 tasks += [group.create_task(self._again(what)) for what in load]
                 for number in range(1, kills + 1):
                     await self._kill()
@@ -113,6 +113,7 @@ class Crash:
         finally:
             await asyncio.to_thread(self._musterd.stop)
         self._undisturbed()
+        _require(bool(self._ledger.checkpoints), "no checkpoint was acknowledged, so none could be forgotten")
         return Summary(
             kills=kills,
             acknowledged=self._ledger.size,
