@@ -152,9 +152,8 @@ class MainAccess(grpc.aio.ServerInterceptor):  # type: ignore[misc]
         self._most_calls = most_calls
         self._refused = refused
         self._calls: dict[str, dict[asyncio.Task[Any], Principal]] = {}
-        self._operators: set[str] = (
-            set()
-        )  # those keys of _calls that are no agent's: few, and looked at often
+        # Those keys of _calls that are no agent's: few, and looked at often.
+        self._operators: set[str] = set()
         self._cut: dict[asyncio.Task[Any], CallRefusedError] = {}
         self._watching: asyncio.Task[None] | None = None
 

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import BinaryIO, Protocol
 
 from coordinator.core.model import Refusal
-from coordinator.files import sync_directory, write_whole
+from protos.files import sync_directory, write_whole
 
 DIGEST = re.compile(r"^[0-9a-f]{64}$")
 MANIFEST = re.compile(r"manifests/([A-Za-z0-9_-][A-Za-z0-9._-]{0,63})/([1-9][0-9]{0,17})\.json")

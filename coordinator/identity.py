@@ -22,8 +22,8 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.asymmetric.types import CertificatePublicKeyTypes
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
-from coordinator.files import write_whole
 from protos import seal
+from protos.files import write_whole
 from protos.wire import SERVER_NAME, Identity, peer_name
 
 AUTHORITY_TTL = dt.timedelta(days=3650)

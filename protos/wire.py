@@ -6,9 +6,7 @@ Knows gRPC and files; knows nothing of the coordinator, the agent or torch.
 from __future__ import annotations
 
 import json
-import os
 import re
-import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -19,6 +17,7 @@ from google.rpc import code_pb2, error_details_pb2, status_pb2
 from grpc_status import rpc_status
 
 from protos import agent_pb2
+from protos.files import write_whole
 
 PROTOCOL = agent_pb2.PROTOCOL_VERSION_1
 
@@ -126,17 +125,7 @@ class Identity:
     def save(self, path: Path) -> None:
         """Write atomically with mode 0600: readers see the old file or the new one."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        try:
-            os.fchmod(descriptor, 0o600)
-            with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-                json.dump(asdict(self), file)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        except BaseException:
-            Path(temporary).unlink(missing_ok=True)
-            raise
+        write_whole(path, json.dumps(asdict(self)).encode())
 
     @staticmethod
     def load(path: Path) -> Identity:

@@ -38,7 +38,6 @@ ADMIN_MAY_IMPORT_OF_OURS = (
     "coordinator.admin",
     "coordinator.jobfile",
     "coordinator.core",
-    "coordinator.files",  # how a file is written whole
     "coordinator.presign",  # the key of an object store, which `checkpoint restore` reads
     "protos",
     "trainer.config",

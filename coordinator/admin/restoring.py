@@ -20,8 +20,8 @@ from typing import Any, Protocol
 import click
 
 from coordinator.admin.errors import BadInput, OperationFailed
-from coordinator.files import sync_directory, write_whole
 from protos import seal
+from protos.files import sync_directory, write_whole
 
 FORMAT = "muster-checkpoint-1"
 AT_ONCE = 4

@@ -389,6 +389,12 @@ def _cut(state: State, job: Job, generation: Generation, alive: tuple[AgentId, .
     return _led(state, job, generation, _take_in(state, job, generation, members, cut))
 
 
+def all_finished(state: State, job: Job, generation: Generation) -> list[AgentId]:
+    """The members that are there, once all of them have finished; nobody before."""
+    there = [a for a in generation.holders if serving(state, job, a)]
+    return there if frozenset(generation.finished).issuperset(there) else []
+
+
 def _last_is_lost(state: State, job: Job, generation: Generation) -> bool:
     """Whether all have finished, which they say once all their shards are reported, and the last checkpoint
     lacks some: it was given up for another, or a report was refused.  They form again, and store it anew."""
@@ -396,8 +402,7 @@ def _last_is_lost(state: State, job: Job, generation: Generation) -> bool:
     newest = newest_good(job)
     if job.spec.launch == "torchrun" or (newest is not None and newest.step >= step):
         return False
-    there = [a for a in generation.holders if serving(state, job, a)]
-    if not there or not frozenset(generation.finished).issuperset(there):
+    if not all_finished(state, job, generation):
         return False
     pending = next((p for p in job.pending if p.step == step), None)
     return pending is None or len(pending.shards) < pending.count

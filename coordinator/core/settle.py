@@ -324,8 +324,8 @@ def _complete(state: State, job: Job, now_ms: int) -> tuple[Record, ...]:
     generation = job.generation
     if generation is None or not generation.finished:
         return ()
-    there = [a for a in generation.holders if matching.serving(state, job, a)]
-    if not there or not frozenset(generation.finished).issuperset(there):
+    there = forming.all_finished(state, job, generation)
+    if not there:
         return ()
     step = generation.finished_step
     newest = checkpoints.newest_good(job)
